@@ -1,0 +1,75 @@
+"""sbiplat: from a registered simulator to a posterior that has been tested.
+
+    import sbiplat as sp
+
+    bank = sp.simulate(simulator, n=100_000, seed=1, out="pulse.bank")
+    run  = sp.train(bank, "npe", out="pulse.run")
+    cert = sp.gate(run)
+    post = sp.load("pulse.run")
+
+Names are imported when they are first used, so that ranks that only simulate never import torch.
+"""
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sbiplat.bank.bank import Bank, simulate
+    from sbiplat.errors import Uncertified, UserError
+    from sbiplat.gate.certificate import Certificate, gate, load
+    from sbiplat.observation import read_observation
+    from sbiplat.posteriors.base import Posterior
+    from sbiplat.prior import Beta, Gamma, HalfNormal, LogNormal, LogUniform, MultivariateNormal, Normal, Prior, TruncatedNormal, Uniform
+    from sbiplat.report.page import report
+    from sbiplat.runs import Run
+    from sbiplat.simulator import Simulator, simulator
+    from sbiplat.training.trainer import train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "sbiplat.bank.bank": ("Bank", "simulate"),
+    "sbiplat.errors": ("Uncertified", "UserError"),
+    "sbiplat.gate.certificate": ("Certificate", "gate", "load"),
+    "sbiplat.observation": ("read_observation",),
+    "sbiplat.posteriors.base": ("Posterior",),
+    "sbiplat.prior": ("Beta", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Prior",
+                      "TruncatedNormal", "Uniform"),
+    "sbiplat.report.page": ("report",),
+    "sbiplat.runs": ("Run",),
+    "sbiplat.simulator": ("Simulator", "simulator"),
+    "sbiplat.training.trainer": ("train",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior", "Prior",
+    "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "gate", "load", "read_observation", "report",
+    "simulate", "simulator", "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'sbiplat' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})
+
+
+class _Package(ModuleType):
+    """`sp.simulator`, `sp.gate` and `sp.report` are the functions, though rooms of the house have the same names.
+
+    Importing the room `sbiplat.gate` would set the attribute to the room; a property takes precedence and lets it pass.
+    """
+
+    simulator = property(lambda self: __getattr__("simulator"), lambda self, room: None)
+    gate = property(lambda self: __getattr__("gate"), lambda self, room: None)
+    report = property(lambda self: __getattr__("report"), lambda self, room: None)
+
+
+sys.modules[__name__].__class__ = _Package

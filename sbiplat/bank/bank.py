@@ -1,0 +1,428 @@
+"""Banks: (theta, x, status) rows drawn from one simulator, one prior and one seed.
+
+`simulate` makes, resumes and extends one; `Bank` reads it. The content, and with it the digest, depends on the header
+(simulator, prior, seed, block size, rows) and on nothing else: not on workers, ranks, order, crashes or resumes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from sbiplat import files
+from sbiplat.bank import farm, index, segment
+from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header
+from sbiplat.bank.segment import Opened, Segment, dataset_names, row_shapes
+from sbiplat.errors import BankError, SettingError, UserError
+from sbiplat.progress import Progress, silent
+from sbiplat.simulator import Simulator, check, resolve
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that `Bank.verify` found wrong."""
+
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
+
+
+class Bank:
+    """A bank on disk: a directory, or one packed .h5 file. Reading never changes it, and holds no file open.
+
+    theta is float64 (rows, D); x a dict of arrays (rows, ...), where a plain array has the name "x"; status uint8.
+    """
+
+    def __init__(self, path: Path, header: Header, opened: list[Opened]) -> None:
+        self.path, self.header, self._opened = path, header, opened
+        self._parts, self.gaps = index.cover(opened, header.rows)
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bank:
+        """Open a bank; raises BankError where it is none, is damaged, or is of another format."""
+        path = Path(path)
+        if path.is_file():
+            return _open_packed(path)
+        header = _read_header(path)
+        remembered = index.read(path / "bank.h5", header)
+        return cls(path, header, index.open_segments(path / "segments", header, remembered))
+
+    # -------------------------------------------------------------------------------------------------- contents
+
+    @property
+    def rows(self) -> int:
+        """Rows wanted; `complete` says whether all are there."""
+        return self.header.rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def complete(self) -> bool:
+        return not self.gaps
+
+    @property
+    def present(self) -> int:
+        """Rows that are there."""
+        return self.rows - sum(stop - first for first, stop in self.gaps)
+
+    def require_complete(self) -> Bank:
+        """This bank, or a BankError that says how much of it is missing and the mend."""
+        if self.gaps:
+            first, stop = self.gaps[0]
+            raise BankError(f"bank {self.path} lacks {self.rows - self.present} of its {self.rows} rows (rows {first} to {stop - 1} "
+                            f"first); run the same `sbiplat simulate {self.header.simulator['name']} --n {self.rows} "
+                            f"--seed {self.header.seed} --out {self.path}` to fill it")
+        return self
+
+    def first(self, rows: int) -> Bank:
+        """The same bank as it was when it had only `rows` rows."""
+        if rows > self.rows:
+            raise BankError(f"bank {self.path} has {self.rows} rows, {rows} are needed; extend it with sbiplat simulate --n {rows}")
+        return Bank(self.path, self.header.with_rows(rows), self._opened)
+
+    @property
+    def theta(self) -> NDArray[np.float64]:
+        """All parameters, in memory: (rows, D)."""
+        return self.read(0, self.rows)["theta"]
+
+    @property
+    def x(self) -> Any:
+        """All observations, in memory, in the user's own form."""
+        data = self.read(0, self.rows)
+        return self.header.x.unwrap({name: data[ds] for name, ds in dataset_names(self.header).items()})
+
+    @cached_property
+    def status(self) -> NDArray[np.uint8]:
+        """The status of every row, (rows,): see layout.STATUS."""
+        return np.concatenate([self._slab(p, a, b, ["status"])["status"] for p, a, b in self.require_complete()._parts])
+
+    def status_counts(self) -> dict[str, int]:
+        """Rows present by status."""
+        parts = [self._slab(p, a, b, ["status"])["status"] for p, a, b in self._parts]
+        counts = np.bincount(np.concatenate([np.zeros(0, np.uint8), *parts]), minlength=len(STATUS))
+        return {name: int(counts[code]) for name, code in STATUS.items()}
+
+    def read(self, first: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Rows first..stop-1 by ordinary file reads (no mapped pages stay behind): dataset -> array."""
+        self.require_complete()
+        slabs = [self._slab(p, max(a, first), min(b, stop), list(row_shapes(self.header)))
+                 for p, a, b in self._parts if a < stop and b > first]
+        return {name: np.concatenate([s[name] for s in slabs]) for name in slabs[0]}
+
+    def at(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        """The given rows, in the given order, through memory maps: dataset -> array."""
+        self.require_complete()
+        out = {name: np.empty((len(rows), *shape), dtype) for name, (shape, dtype) in row_shapes(self.header).items()}
+        for part, first, stop in self._parts:
+            here = np.flatnonzero((rows >= first) & (rows < stop))
+            if len(here):
+                for name, values in part.map(self.header).items():
+                    out[name][here] = values[rows[here] - part.segment.first]
+        return out
+
+    def _slab(self, part: Opened, first: int, stop: int, names: list[str]) -> dict[str, NDArray[Any]]:
+        out = {}
+        with part.segment.path.open("rb") as file:
+            for name in names:
+                shape, dtype = row_shapes(self.header)[name]
+                width = int(np.prod(shape, dtype=np.int64))
+                file.seek(part.offsets[name] + (first - part.segment.first) * width * dtype.itemsize)
+                values = np.fromfile(file, dtype, (stop - first) * width)
+                if len(values) != (stop - first) * width:
+                    raise BankError(f"{part.segment.path} is cut short; `sbiplat bank verify {self.path}` says what is missing")
+                out[name] = values.reshape(stop - first, *shape)
+        return out
+
+    # ---------------------------------------------------------------------------------------------------- digest
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the content: names, shapes and dtypes, then each block's own SHA-256 in order.
+
+        Computed from the hashes that were stored with the blocks; `verify` holds those against the data.
+        """
+        total = hashlib.sha256(files.canonical({n: [list(s), str(d)] for n, (s, d) in row_shapes(self.header).items()}))
+        for first, stop, stored in self._block_digests():
+            total.update(stored if stored is not None else self._block_digest(first, stop))
+        return total.hexdigest()
+
+    def _block_digests(self) -> Iterator[tuple[int, int, bytes | None]]:
+        """(first, stop, stored hash) of every block, None where no segment holds just these rows of it."""
+        self.require_complete()
+        size, stored = self.header.block_size, {}
+        for part, _, _ in self._parts:
+            first_block = part.segment.first // size
+            for k, value in enumerate(part.block_sha256):
+                a = max(part.segment.first, (first_block + k) * size)
+                stored[a, min(part.segment.stop, (first_block + k + 1) * size)] = value.tobytes()
+        for first in range(0, self.rows, size):
+            stop = min(first + size, self.rows)
+            yield first, stop, stored.get((first, stop))
+
+    def _block_digest(self, first: int, stop: int) -> bytes:
+        data = self.read(first, stop)
+        return segment.block_digest(data["theta"], {k: data[ds] for k, ds in dataset_names(self.header).items()}, data["status"])
+
+    def verify(self, progress: Progress = silent) -> list[Problem]:
+        """Read every byte and hold it against the stored hashes; returns what is wrong, empty where nothing is."""
+        problems = [Problem(str(self.path), f"rows {first} to {stop - 1} are missing") for first, stop in self.gaps]
+        with progress.task("verify", len(self._opened)) as advance:
+            for part in self._opened:
+                problems += [Problem(str(part.segment.path), what) for what in self._verify_segment(part)]
+                advance(1)
+        return problems
+
+    def _verify_segment(self, part: Opened) -> list[str]:
+        from sbiplat.bank.layout import pieces
+
+        try:
+            fresh = part if self.path.is_file() else segment.inspect(part.segment, self.header)
+            found = []
+            spans = pieces(part.segment.first, part.segment.stop, self.header.block_size)
+            for (first, stop), stored in zip(spans, fresh.block_sha256, strict=True):
+                data = self._slab(fresh, first, stop, list(row_shapes(self.header)))
+                arrays = {k: data[ds] for k, ds in dataset_names(self.header).items()}
+                if segment.block_digest(data["theta"], arrays, data["status"]) != stored.tobytes():
+                    found.append(f"rows {first} to {stop - 1} do not match their SHA-256: damaged since they were written; "
+                                 "delete the file and run the same simulate command again")
+            return found
+        except BankError as error:
+            return [str(error)]
+
+    # ------------------------------------------------------------------------------------------------------ facts
+
+    def info(self) -> dict[str, Any]:
+        """What `sbiplat bank info` shows; plain JSON."""
+        seconds, messages = [], {}
+        for part in self._opened:
+            time, text = segment.facts(part.segment)
+            seconds.append(time)
+            messages.update(text)
+        spent = np.concatenate([np.zeros(0, np.float32), *seconds])
+        return {
+            "path": str(self.path), "format_version": FORMAT_VERSION, "simulator": self.header.simulator["name"],
+            "rows": self.rows, "present": self.present, "complete": self.complete,
+            "digest": self.digest if self.complete else None, "status": self.status_counts(),
+            "seed": self.header.seed, "block_size": self.header.block_size, "segments": len(self._opened),
+            "bytes": sum(p.segment.path.stat().st_size for p in self._opened),
+            "simulation_seconds": float(spent.sum()), "parameters": list(self.header.prior.names),
+            "x": self.header.x.to_json()["shapes"], "dtype": self.header.x.dtype, "created": self.header.created,
+            "versions": self.header.versions,
+            "first_failures": [{"row": row, "message": text} for row, text in sorted(messages.items())[:5]],
+        }
+
+    def pack(self, out: str | Path, progress: Progress = silent) -> Path:
+        """Copy the bank into one ordinary .h5 file, which `Bank.open` opens as well; bounded memory."""
+        self.require_complete()
+        out = Path(out)
+        rows_at_once = max(self.header.block_size, 64 * 2**20 // (self.header.x.row_bytes + 8 * self.header.prior.dim + 1)
+                           // self.header.block_size * self.header.block_size)
+        with files.disk_errors(out), files.atomic_path(out) as temporary, h5py.File(temporary, "w") as file, \
+                progress.task("pack", self.rows) as advance:
+            for name, (shape, dtype) in row_shapes(self.header).items():
+                file.create_dataset(name, (self.rows, *shape), dtype)
+            hashes = []
+            for first in range(0, self.rows, rows_at_once):
+                stop = min(first + rows_at_once, self.rows)
+                for name, values in self.read(first, stop).items():
+                    file[name][first:stop] = values
+                hashes += [self._block_digest(a, min(a + self.header.block_size, stop))
+                           for a in range(first, stop, self.header.block_size)]
+                advance(stop - first)
+            file["block_sha256"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+            file.attrs.update({"format": "sbiplat bank 1", "bank_uid": self.header.uid, "first_row": 0, "digest": self.digest,
+                               "parameters": list(self.header.prior.names), "units": list(self.header.prior.units)})
+            file["header"] = json.dumps(self.header.to_json())
+        return out
+
+
+def _read_header(path: Path) -> Header:
+    if not path.is_dir():
+        raise BankError(f"no bank at {path}; make one with `sbiplat simulate SIM --n N --seed S --out {path}`")
+    return Header.from_json(files.read_json(path / "bank.json", "bank.json (is this a bank?)", BankError), path / "bank.json")
+
+
+def _open_packed(path: Path) -> Bank:
+    try:
+        with h5py.File(path, "r") as file:
+            item = file.get("header", getlink=True)
+            if not isinstance(item, h5py.HardLink) or not isinstance(file["header"], h5py.Dataset) or file["header"].shape != ():
+                raise BankError(f"{path} is not a packed bank")
+            header = Header.from_json(json.loads(file["header"].asstr()[()]), path)
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        raise BankError(f"{path} is not a packed bank: {(str(error) or repr(error)).splitlines()[0]}") from None
+    # A packed bank holds the rows it shows, no more: it reads as a scalar bank's single segment.
+    return Bank(path, header, [segment.inspect(Segment(path, 0, header.rows), header)])
+
+
+# ------------------------------------------------------------------------------------------------------ simulate
+
+
+def simulate(
+    simulator: Simulator | str,
+    n: int,
+    seed: int,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    block_size: int | None = None,
+    checked: bool = True,
+    progress: Progress | None = None,
+) -> Bank:
+    """Fill a bank with n rows; the same call resumes it, a larger n extends it.
+
+    Local processes run the blocks (`workers`, by default one a core), or the MPI ranks where this program was started
+    under mpiexec or srun. `checked=False` leaves out the contract check that runs a few rows before a new bank.
+    Raises SimulatorError, BankError, and Stopped after SIGINT or SIGTERM; what was committed is kept in every case.
+    """
+    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("workers", workers, 1), ("block_size", block_size, 1)):
+        optional = name in ("workers", "block_size") and value is None
+        if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62):
+            raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    made = resolve(simulator)
+    out = Path(out)
+    comm = farm.mpi_world()
+    if comm is None:
+        return _simulate_here(made, int(n), int(seed), out, workers or farm.available_cores(), block_size, checked, progress or Progress.auto())
+    return _simulate_with(comm, made, int(n), int(seed), out, block_size, checked, progress or Progress.auto())
+
+
+def _simulate_here(made: Simulator, n: int, seed: int, out: Path, workers: int, block_size: int | None, checked: bool,
+                   progress: Progress) -> Bank:
+    with _locked(out) as header_path:
+        job, gaps = _prepare(made, n, seed, out, header_path, block_size, checked)
+        with farm.signals.installed(), _shown(progress, job, gaps) as on_receipts:
+            try:
+                farm.run_local(job, gaps, min(workers, max(1, -(-sum(b - a for a, b in gaps) // job.header.block_size))), on_receipts)
+            except farm.Interrupted:
+                raise _stopped(out) from None
+        return _finish(out, job.header)
+
+
+def _simulate_with(comm: Any, made: Simulator, n: int, seed: int, out: Path, block_size: int | None, checked: bool,
+                   progress: Progress) -> Bank:
+    """The same under MPI: rank 0 prepares and finishes, all ranks run blocks, and an error on one is an error on all."""
+    rank = comm.Get_rank()
+    with _locked(out) if rank == 0 else _nothing(out) as header_path:
+        prepared = together(comm, lambda: _prepare(made, n, seed, out, header_path, block_size, checked) if rank == 0 else None)[0]
+        job, gaps = farm.Job(made, prepared[0].header, prepared[0].folder), prepared[1]
+        with farm.signals.installed(), _shown(progress if rank == 0 else silent, job, gaps) as on_receipts:
+            try:
+                farm.run_mpi(job, gaps, comm, on_receipts)
+            except farm.Interrupted:
+                farm.signals.requested = True
+        if any(comm.allgather(farm.signals.requested)):
+            raise _stopped(out)
+        together(comm, lambda: _finish(out, job.header) if rank == 0 else None)
+    return Bank.open(out)
+
+
+def together(comm: Any, function: Any) -> list[Any]:
+    """Run `function` on every rank; if any raises a UserError, all raise the first. Returns every rank's result.
+
+    Jobs carry a simulator, which need not travel: its place is taken by None.
+    """
+    try:
+        result, error = function(), None
+    except UserError as problem:
+        result, error = None, problem
+    if isinstance(result, tuple) and isinstance(result[0], farm.Job):
+        result = (replace(result[0], simulator=None), result[1])
+    if isinstance(result, Bank):
+        result = None
+    outcomes = comm.allgather((result, error))
+    for _, problem in outcomes:
+        if problem is not None:
+            raise problem
+    return [value for value, _ in outcomes]
+
+
+def _prepare(made: Simulator, n: int, seed: int, out: Path, header_path: Path, block_size: int | None,
+             checked: bool) -> tuple[farm.Job, list[tuple[int, int]]]:
+    """The job and the row ranges still to simulate; makes the bank's header where there is none."""
+    folder = out / "segments"
+    if header_path.exists():
+        old = _read_header(out)
+        wanted = Header.of(made, seed, n, block_size or old.block_size)
+        old.check_same(wanted, out)
+        header = replace(wanted, rows=max(n, old.rows), versions=old.versions, created=old.created)
+        if header.rows != old.rows:
+            files.write_json(header_path, header.to_json())
+        for left in folder.glob(".tmp-*"):  # under the lock no other writer has them
+            left.unlink(missing_ok=True)
+    else:
+        if checked:
+            check(made, rows=2)
+        header = Header.of(made, seed, n, block_size)
+        with files.disk_errors(header_path):
+            folder.mkdir(exist_ok=True)
+        files.write_json(header_path, header.to_json())
+    opened = index.open_segments(folder, header, index.read(out / "bank.h5", header))
+    _, gaps = index.cover(opened, header.stored_rows)
+    return farm.Job(made, header, folder), gaps
+
+
+def _finish(out: Path, header: Header) -> Bank:
+    opened = index.open_segments(out / "segments", header, index.read(out / "bank.h5", header))
+    index.write(out / "bank.h5", header, opened)
+    return Bank(out, header, opened).require_complete()
+
+
+def _stopped(out: Path) -> farm.Stopped:
+    bank = Bank.open(out)
+    return farm.Stopped(f"stopped: {bank.present} of {bank.rows} rows are kept in {out}; the same command resumes")
+
+
+@contextmanager
+def _shown(progress: Progress, job: farm.Job, gaps: list[tuple[int, int]]) -> Iterator[Any]:
+    """Progress over the rows of the gaps; yields what takes the receipts."""
+    failures: Counter[str] = Counter()
+    with progress.task(f"simulate {job.simulator.name}", sum(b - a for a, b in gaps)) as advance:
+        def on_receipts(receipts: list[farm.Receipt]) -> None:
+            for receipt in receipts:
+                failures.update({n: receipt.status[code] for n, code in STATUS.items() if code and receipt.status[code]})
+                advance(receipt.stop - receipt.first, ", ".join(f"{k} {v}" for k, v in failures.items()))
+        yield on_receipts
+
+
+@contextmanager
+def _nothing(out: Path) -> Iterator[Path]:
+    yield out / "bank.json"
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[Path]:
+    """Make the bank's directory and hold its lock; yields the header's path."""
+    if out.exists() and not out.is_dir():
+        raise BankError(f"{out} is a file; give the bank another --out")
+    if out.is_dir() and any(out.iterdir()) and not (out / "bank.json").exists() and not (out / "lock").exists():
+        raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
+    with files.disk_errors(out / "lock"):
+        out.mkdir(parents=True, exist_ok=True)
+        handle = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BankError(f"another process is filling {out}; wait for it, or stop it first") from None
+        except OSError:
+            pass  # a file system without locks: the user answers for running one job a bank
+        yield out / "bank.json"
+    finally:
+        os.close(handle)

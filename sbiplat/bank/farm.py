@@ -1,0 +1,310 @@
+"""The farm: who runs the blocks. This process, local processes, or MPI ranks, all through `concurrent.futures`.
+
+A task is a run of consecutive rows. Its worker simulates block by block and commits what it has as one segment, at the
+end of the run, after 64 MB or after 60 s, whichever comes first; only the row numbers and small receipts travel. Runs
+are handed out large at first and smaller towards the end, so that segments are few and workers finish together.
+
+SIGINT and SIGTERM stop cleanly: the block under way is dropped, finished ones are committed, and the same command
+resumes. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from sbiplat.bank import segment
+from sbiplat.bank.layout import STATUS, Header, default_rows_per_segment, pieces, streams
+from sbiplat.bank.segment import Rows
+from sbiplat.errors import BankError, SimulatorError, UserError
+from sbiplat.simulator import Simulator
+
+COMMIT_SECONDS = 60.0
+
+
+class Interrupted(BaseException):
+    """Raised by SIGINT or SIGTERM where a block may be dropped without harm."""
+
+
+class Stopped(UserError):
+    """The farm was asked to stop; what it had committed is kept."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a worker says of a committed segment."""
+
+    first: int
+    stop: int
+    status: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to make any block."""
+
+    simulator: Simulator
+    header: Header
+    folder: Path
+
+
+_job: Job | None = None
+
+
+class Signals:
+    """SIGINT and SIGTERM as a request to stop, which interrupts only where that is safe."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._interruptible = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self._interruptible:
+            self._interruptible = False
+            raise Interrupted
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        if self.requested:
+            raise Interrupted
+        self._interruptible = True
+        try:
+            yield
+        finally:
+            self._interruptible = False
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        self.requested = False
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+signals = Signals()
+
+
+# ------------------------------------------------------------------------------------------------------- a worker
+
+
+def simulate_rows(simulator: Simulator, header: Header, first: int, stop: int) -> Rows:
+    """Rows first..stop-1 of one block, each with its status; whatever the simulator raises stays in its row."""
+    rngs = streams(header, first, stop)
+    count = stop - first
+    theta = simulator.prior.sample(rngs[0], count) if simulator.batched else simulator.prior.sample_each(rngs)
+    x = {k: np.full((count, *shape), np.nan, header.x.dtype) for k, shape in header.x.shapes.items()}
+    status, seconds = np.zeros(count, np.uint8), np.zeros(count, np.float32)
+    messages: dict[int, str] = {}
+    calls = [(slice(None), theta, rngs[0], (count,))] if simulator.batched else \
+        [(i, theta[i], rng, ()) for i, rng in enumerate(rngs)]
+    for where, inputs, rng, lead in calls:
+        start = time.perf_counter()
+        try:
+            for name, values in simulator.conform(simulator(inputs.copy(), rng), lead).items():
+                x[name][where] = values
+        except Exception as error:  # the user's own code: anything may come
+            status[where] = STATUS["raised"]
+            text = str(error) if isinstance(error, SimulatorError) else f"{type(error).__name__}: {error}"
+            messages[first + (where if isinstance(where, int) else 0)] = text.replace("\n", " ")
+        seconds[where] = (time.perf_counter() - start) / (lead[0] if lead else 1)
+    finite = np.ones(count, bool)
+    for values in x.values():
+        finite &= np.isfinite(values).reshape(count, -1).all(-1)
+    status[~finite & (status == STATUS["ok"])] = STATUS["non-finite"]
+    return Rows(first, theta, x, status, seconds, messages)
+
+
+def fill(first: int, stop: int) -> list[Receipt]:
+    """A task: simulate rows first..stop-1 and commit them. Stops early, with what is whole, when asked to."""
+    job = _job
+    assert job is not None
+    limit = default_rows_per_segment(job.header)
+    done: list[Receipt] = []
+    held: list[Rows] = []
+    since = time.monotonic()
+
+    def commit() -> None:
+        nonlocal held, since
+        if held:
+            rows = Rows.join(held)
+            made = segment.commit(job.folder, job.header, rows)
+            counts = np.bincount(rows.status, minlength=len(STATUS))
+            done.append(Receipt(made.first, made.stop, tuple(int(c) for c in counts), float(rows.seconds.sum())))
+        held, since = [], time.monotonic()
+
+    try:
+        for a, b in pieces(first, stop, job.header.block_size):
+            with signals.interruptible():
+                rows = simulate_rows(job.simulator, job.header, a, b)
+            held.append(rows)
+            if sum(map(len, held)) >= limit or time.monotonic() - since >= COMMIT_SECONDS:
+                commit()
+    except Interrupted:
+        pass
+    commit()
+    return done
+
+
+def _start_worker(job: Job, pids: Any) -> None:
+    global _job
+    _job = job
+    signals.requested = False
+    pids.put(os.getpid())
+    if "torch" in sys.modules:  # forked from a process that has torch: its thread pool did not come along
+        sys.modules["torch"].set_num_threads(1)
+
+
+# ------------------------------------------------------------------------------------------------------- executors
+
+
+class _Here(Executor):
+    """This process as an executor."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def spans(gaps: list[tuple[int, int]], header: Header, workers: int) -> Iterator[tuple[int, int]]:
+    """The tasks that cover the gaps: guided self-scheduling, whole blocks, at most one segment's bytes each."""
+    remaining = sum(stop - first for first, stop in gaps)
+    size, limit = header.block_size, default_rows_per_segment(header)
+    for first, stop in gaps:
+        while first < stop:
+            share = remaining if workers == 1 else remaining // (3 * workers)
+            rows = max(size, min(limit, share // size * size))
+            cut = min(stop, (first + rows) // size * size)
+            yield first, cut
+            remaining -= cut - first
+            first = cut
+
+
+def dispatch(
+    executor: Executor, tasks: Iterator[tuple[int, int]], in_flight: int, on_receipts: Callable[[list[Receipt]], None],
+    on_stop: Callable[[], None] = lambda: None,
+) -> None:
+    """Keep `in_flight` tasks with the executor until none is left; raises the first error of any worker."""
+    pending: set[Future[list[Receipt]]] = set()
+
+    def collect(done: set[Future[list[Receipt]]]) -> None:
+        for future in done:
+            on_receipts(future.result())
+
+    try:
+        for task in tasks:
+            with signals.interruptible():  # a signal that came while a task was made here is seen now
+                pass
+            pending.add(executor.submit(fill, *task))
+            while len(pending) >= in_flight:
+                with signals.interruptible():
+                    done, pending = wait(pending, return_when=FIRST_COMPLETED)
+                collect(done)
+        while pending:
+            with signals.interruptible():
+                done, pending = wait(pending, return_when=FIRST_COMPLETED)
+            collect(done)
+    except Interrupted:
+        on_stop()
+        collect(wait(pending).done)
+        raise
+    except BaseException:
+        for future in pending:
+            future.cancel()
+        raise
+
+
+def run_local(job: Job, gaps: list[tuple[int, int]], workers: int, on_receipts: Callable[[list[Receipt]], None]) -> None:
+    """Fill the gaps with this process (one worker) or with forked ones."""
+    global _job
+    tasks = spans(gaps, job.header, workers)
+    _job = job
+    if workers == 1:
+        dispatch(_Here(), tasks, 1, on_receipts)
+        return
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if "fork" in methods else None)
+    pids = context.SimpleQueue()
+
+    def stop_workers() -> None:
+        while not pids.empty():
+            try:
+                os.kill(pids.get(), signal.SIGINT)
+            except ProcessLookupError:
+                continue
+
+    with ProcessPoolExecutor(workers, context, _start_worker, (job, pids)) as pool:
+        try:
+            dispatch(pool, tasks, 2 * workers, on_receipts, stop_workers)
+        except BrokenProcessPool:
+            raise BankError(f"a worker process died while it ran simulator {job.simulator.name!r} (a crash in compiled code, or "
+                            "killed for memory); committed rows are kept, the same command resumes") from None
+
+
+def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Callable[[list[Receipt]], None]) -> None:
+    """Fill the gaps with the ranks of `comm`: rank 0 hands out, the others simulate. An error anywhere ends the job."""
+    global _job
+    from mpi4py.futures import MPICommExecutor
+
+    _job = job
+    try:
+        with MPICommExecutor(comm, root=0) as executor:
+            if executor is not None:
+                workers = comm.Get_size() - 1
+                dispatch(executor, spans(gaps, job.header, workers), 2 * workers, on_receipts)
+    except Interrupted:
+        raise
+    except BaseException as error:
+        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201 - the job ends here, with its message
+        comm.Abort(getattr(error, "exit_code", 1))
+
+
+def mpi_world() -> Any | None:
+    """COMM_WORLD where this process is one of several MPI ranks, else None; mpi4py is imported only then."""
+    launched = any(int(os.environ.get(key, "1")) > 1 for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+                   if os.environ.get(key, "1").isdigit())
+    step_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if not launched and step_tasks <= 1:
+        return None
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise BankError(f"started as one of several MPI ranks, but mpi4py does not work here ({str(error).splitlines()[0]}); "
+                        "pip install 'sbiplat[mpi]'") from None
+    comm = MPI.COMM_WORLD
+    if step_tasks > 1 and comm.Get_size() != step_tasks:
+        raise BankError(f"Slurm started {step_tasks} tasks, but MPI joins {comm.Get_size()} of them; use srun --mpi=pmi2")
+    return comm if comm.Get_size() > 1 else None
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

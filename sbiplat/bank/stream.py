@@ -1,0 +1,160 @@
+"""From a bank to training batches: which rows train, and in what order they come.
+
+`split` sets rows aside, once and for all, for validation (early stopping) and for the gate, which training never sees.
+`Batches` yields shuffled batches of the rest: from memory where the rows fit the budget, else streamed in slabs of
+contiguous rows, which are shuffled, gathered in a buffer and shuffled again there. The order is a function of (seed, epoch).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sbiplat.bank.bank import Bank
+from sbiplat.bank.layout import STATUS
+from sbiplat.bank.segment import dataset_names
+from sbiplat.errors import BankError
+
+SLAB_ROWS = 512
+Pairs = dict[str, Any]  # {"theta": (n, D) unconstrained float32, "x": {name: (n, ...)}}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows set aside from training: indices into the bank, in random order; and how many ok rows are left to train on."""
+
+    validation: NDArray[np.int64]
+    held_out: NDArray[np.int64]
+    training_rows: int
+    left_out: int
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.validation.tobytes() + b"/" + self.held_out.tobytes()).hexdigest()
+
+
+def split(bank: Bank, seed: int, validation: float, held_out: float, most: int) -> Split:
+    """Choose the given shares of the ok rows at random (at most `most` of each), without listing the rest."""
+    ok = bank.status == STATUS["ok"]
+    rows = int(ok.sum())
+    sizes = [min(most, max(1, round(rows * share))) for share in (validation, held_out)]
+    if rows - sum(sizes) < 10:
+        raise BankError(f"bank {bank.path} has {rows} rows that can be trained on ({bank.rows - rows} failed); that is too few")
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x5B17,)))
+    wanted, chosen = sum(sizes), np.zeros(0, np.int64)
+    drawn = min(bank.rows, int(1.1 * wanted * bank.rows / rows) + 100)
+    while len(chosen) < wanted:
+        candidates = rng.choice(bank.rows, drawn, replace=False)
+        chosen = candidates[ok[candidates]][:wanted]
+        drawn = min(bank.rows, 2 * drawn)
+    return Split(chosen[:sizes[0]], chosen[sizes[0]:], rows - wanted, bank.rows - rows)
+
+
+def pairs_at(bank: Bank, rows: NDArray[np.int64]) -> Pairs:
+    """The given rows as (unconstrained theta, x)."""
+    return _pairs(bank, bank.at(rows))
+
+
+def _pairs(bank: Bank, data: dict[str, NDArray[Any]]) -> Pairs:
+    return {"theta": bank.header.prior.unconstrain(data["theta"]).astype(np.float32),
+            "x": {name: data[ds] for name, ds in dataset_names(bank.header).items()}}
+
+
+def take(pairs: Pairs, index: Any) -> Pairs:
+    return {"theta": pairs["theta"][index], "x": {k: v[index] for k, v in pairs["x"].items()}}
+
+
+def _join(parts: list[Pairs]) -> Pairs:
+    return {"theta": np.concatenate([p["theta"] for p in parts]),
+            "x": {k: np.concatenate([p["x"][k] for p in parts]) for k in parts[0]["x"]}}
+
+
+class Batches:
+    """Shuffled batches of a bank's training rows, as numpy pairs; an epoch leaves out the last, incomplete batch.
+
+    budget: bytes that the rows in memory may take. `resident` says whether all fit.
+    """
+
+    def __init__(self, bank: Bank, apart: Split, batch_size: int, seed: int, budget: int) -> None:
+        self._bank, self._seed = bank, seed
+        self._out = np.sort(np.concatenate([apart.validation, apart.held_out]))
+        self.batch_size = min(batch_size, apart.training_rows)
+        self.per_epoch = apart.training_rows // self.batch_size
+        row_bytes = bank.header.x.row_bytes + 4 * bank.header.prior.dim
+        self.resident = 2 * row_bytes * bank.rows <= budget  # twice: rows and the copy that a selection makes
+        self._buffer_rows = max(4 * SLAB_ROWS, self.batch_size, budget // (4 * row_bytes))
+        self._all: Pairs | None = None
+
+    def sample(self, rows: int) -> Pairs:
+        """Up to `rows` training rows spread over the bank, for setting scales."""
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(0x5CA1E,)))
+        slabs = self._slabs()
+        parts, count = [], 0
+        for k in rng.permutation(len(slabs)):
+            parts.append(self._slab(*slabs[k]))
+            count += len(parts[-1]["theta"])
+            if count >= rows:
+                break
+        return take(_join(parts), slice(rows))
+
+    def epoch(self, number: int, skip: int = 0) -> Iterator[Pairs]:
+        """The batches of an epoch, without the first `skip`."""
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(0xE90C, number)))
+        source = self._resident_epoch(rng) if self.resident else self._streamed_epoch(rng)
+        for k, batch in enumerate(source):
+            if k >= skip:
+                yield batch() if callable(batch) else batch
+
+    def resident_pairs(self) -> Pairs:
+        """All training rows in memory."""
+        if self._all is None:
+            self._all = _join([self._slab(a, b) for a, b in self._slabs(64 * SLAB_ROWS)])
+        return self._all
+
+    def order(self, number: int) -> NDArray[np.int64]:
+        """The order of an epoch over resident rows."""
+        rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(0xE90C, number)))
+        return rng.permutation(len(self.resident_pairs()["theta"]))
+
+    def _resident_epoch(self, rng: np.random.Generator) -> Iterator[Any]:
+        pairs = self.resident_pairs()
+        order = rng.permutation(len(pairs["theta"]))
+        for k in range(self.per_epoch):
+            chosen = order[k * self.batch_size:(k + 1) * self.batch_size]
+            yield lambda chosen=chosen: take(pairs, chosen)
+
+    def _streamed_epoch(self, rng: np.random.Generator) -> Iterator[Any]:
+        slabs = self._slabs()
+        held: list[Pairs] = []
+        count = made = 0
+        for k in rng.permutation(len(slabs)):
+            held.append(self._slab(*slabs[k]))
+            count += len(held[-1]["theta"])
+            if count >= self._buffer_rows:
+                rest = yield from self._emit(held, rng, self.per_epoch - made)
+                made += (count - len(rest["theta"])) // self.batch_size
+                held, count = [rest], len(rest["theta"])
+        if held:
+            yield from self._emit(held, rng, self.per_epoch - made)
+
+    def _emit(self, held: list[Pairs], rng: np.random.Generator, most: int) -> Any:
+        pairs = _join(held)
+        order = rng.permutation(len(pairs["theta"]))
+        whole = min(most, len(order) // self.batch_size)
+        for k in range(whole):
+            yield take(pairs, order[k * self.batch_size:(k + 1) * self.batch_size])
+        return take(pairs, order[whole * self.batch_size:])
+
+    def _slabs(self, rows: int = SLAB_ROWS) -> list[tuple[int, int]]:
+        return [(a, min(a + rows, self._bank.rows)) for a in range(0, self._bank.rows, rows)]
+
+    def _slab(self, first: int, stop: int) -> Pairs:
+        """Rows first..stop-1 less those set aside and those that failed."""
+        data = self._bank.read(first, stop)
+        keep = data["status"] == STATUS["ok"]
+        keep[self._out[np.searchsorted(self._out, first):np.searchsorted(self._out, stop)] - first] = False
+        return _pairs(self._bank, data if keep.all() else {k: v[keep] for k, v in data.items()})

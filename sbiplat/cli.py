@@ -1,0 +1,332 @@
+"""The commands: thin, one function a command. What is slow to import is imported inside the command that needs it.
+
+Exit codes: 0 done; 2 a user's mistake, told in one line; 3 refused by the gate; 4 uncertified; 130 stopped by a signal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+# One thread a process unless the user says otherwise, and idle ones asleep: set before numpy and torch start their own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import typer
+
+from sbiplat.errors import UserError
+from sbiplat.files import is_disk_full
+
+REFUSED = 3
+
+app = typer.Typer(
+    name="sbiplat", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="From a registered simulator to a posterior that has been tested.\n\n"
+         "Any command: --debug shows the traceback behind a one-line error.",
+)
+bank_app = typer.Typer(name="bank", help="Look into a bank, verify it, or pack it into one file.")
+app.add_typer(bank_app)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
+Embedding = Annotated[str | None, typer.Option(help="file.py:Class of your own embedding, where the run was trained with one.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting as key=value; may be given again.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings.")]
+BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank: its directory, or a packed .h5 file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
+
+
+def say(text: str = "") -> None:
+    print(text, flush=True)  # noqa: T201 - the command line's own output
+
+
+def show(as_json: bool, value: dict[str, Any], text: str) -> None:
+    say(json.dumps(value) if as_json else text)
+
+
+def _settings(config: Path | None, table: str, assignments: list[str] | None) -> dict[str, Any]:
+    """Settings of a TOML file (its table of that name, or the whole file) and then of --set."""
+    from sbiplat.settings import parse_assignments, read_toml
+
+    values = read_toml(config) if config else {}
+    values = values.get(table, {k: v for k, v in values.items() if not isinstance(v, dict)})
+    return {**values, **parse_assignments(assignments or [])}
+
+
+# ------------------------------------------------------------------------------------------------------ simulators
+
+
+@app.command(epilog="Example: sbiplat simulators two_moons")
+def simulators(
+    name: Annotated[str | None, typer.Argument(help="A simulator: a name, file.py:object or module:object.")] = None,
+    rows: Annotated[int, typer.Option(help="Rows that the contract check runs.")] = 64,
+    as_json: Json = False,
+) -> None:
+    """List the registered simulators; with NAME, show its card and check its contract."""
+    from sbiplat.simulator import available, check, resolve
+
+    if name is None:
+        found = available()
+        show(as_json, found, "\n".join(f"{k:20} {v}" for k, v in sorted(found.items())) or "none registered")
+        return
+    simulator = resolve(name)
+    result = check(simulator, rows)
+    card = {
+        "name": simulator.name, "summary": simulator.summary, "citation": simulator.citation, "batched": simulator.batched,
+        "source": simulator.spec, "source_digest": simulator.source_digest(), "prior": simulator.prior.to_json(), "x": simulator.x.to_json(),
+        "tractable": [k for k in ("log_likelihood", "posterior_log_prob", "posterior_sampler") if getattr(simulator, k)],
+        "check": {"rows": result.rows, "finite": result.finite, "raised": result.raised, "first_error": result.first_error},
+    }
+    show(as_json, card, _card_text(card))
+
+
+def _card_text(card: dict[str, Any]) -> str:
+    lines = [card["name"], f"  {card['summary']}"] + ([f"  {card['citation']}"] if card["citation"] else [])
+    laws = card["prior"].get("independent")
+    lines.append("parameters")
+    for k, (name, unit) in enumerate(zip(card["prior"]["names"], card["prior"]["units"], strict=True)):
+        law = laws[k] if laws else {"law": "joint"}
+        inside = ", ".join(f"{a}={b:g}" for a, b in law.items() if a not in ("law", "unit") and b is not None)
+        lines.append(f"  {name:16} {law['law']}({inside}){' ' + unit if unit else ''}")
+    x = card["x"]
+    shapes = tuple(x["shapes"]["x"]) if x["plain"] else {k: tuple(v) for k, v in x["shapes"].items()}
+    lines.append(f"x  {shapes} {x['dtype']}" + (f", transform {x['transform']}" if set(x["transform"].values()) != {"none"} else ""))
+    lines.append(f"tractable  {', '.join(card['tractable']) or 'nothing declared'}")
+    result = card["check"]
+    lines.append(f"check passed on {result['rows']} rows: {result['finite']:.1%} finite, {result['raised']:.1%} raised"
+                 + (f" ({result['first_error']})" if result["first_error"] else ""))
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------- banks
+
+
+@app.command(epilog="Example: sbiplat simulate two_moons --n 20000 --seed 1 --out moons.bank")
+def simulate(
+    sim: Annotated[str, typer.Argument(metavar="SIM", help="A name, file.py:object or module:object.")],
+    n: Annotated[int, typer.Option(help="Rows of the bank. A larger n extends a bank.")],
+    seed: Annotated[int, typer.Option(help="Seed of the bank.")],
+    out: Annotated[Path, typer.Option(help="The bank's directory. An unfinished bank is resumed.")],
+    workers: Annotated[int | None, typer.Option(help="Local processes; by default one a core. Under mpiexec the ranks count.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Rows of a block; part of what the content depends on.")] = None,
+    checked: Annotated[bool, typer.Option("--check/--no-check", help="Run a few rows against the contract before a new bank.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Fill a bank with simulations; resumes and extends. `mpiexec -n R sbiplat simulate ...` uses R ranks."""
+    from sbiplat.bank import bank as banks
+    from sbiplat.bank.farm import mpi_world
+    from sbiplat.simulator import resolve
+
+    comm = mpi_world()
+    simulator = resolve(sim) if comm is None else banks.together(comm, lambda: resolve(sim))
+    made = banks.simulate(simulator, n, seed, out, workers=workers, block_size=block_size, checked=checked)
+    if comm is None or comm.Get_rank() == 0:
+        info = made.info()
+        show(as_json, info, f"{out}: {made.rows} rows, {_counts(info['status'])}; digest {made.digest}")
+
+
+def _counts(status: dict[str, int]) -> str:
+    return ", ".join(f"{v} {k}" for k, v in status.items() if v)
+
+
+@bank_app.command("info", epilog="Example: sbiplat bank info moons.bank")
+def bank_info(bank: BankPath, as_json: Json = False) -> None:
+    """What a bank holds: rows, status, digest, size, first failures."""
+    from sbiplat.bank.bank import Bank
+
+    info = Bank.open(bank).info()
+    lines = [f"{k:20} {_counts(v) if k == 'status' else v}" for k, v in info.items() if k != "first_failures"]
+    lines += [f"row {f['row']} failed: {f['message']}" for f in info["first_failures"]]
+    show(as_json, info, "\n".join(lines))
+
+
+@bank_app.command("verify", epilog="Example: sbiplat bank verify moons.bank")
+def bank_verify(bank: BankPath, as_json: Json = False) -> None:
+    """Read every byte of a bank and hold it against its hashes; exit 2 where something is wrong."""
+    from sbiplat.bank.bank import Bank
+    from sbiplat.errors import BankError
+    from sbiplat.progress import Progress
+
+    opened = Bank.open(bank)
+    problems = [str(p) for p in opened.verify(Progress.auto())]
+    if as_json:
+        say(json.dumps({"problems": problems, "digest": None if problems else opened.digest}))
+    if problems:
+        raise BankError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    if not as_json:
+        say(f"{bank}: all {opened.rows} rows match their hashes; digest {opened.digest}")
+
+
+@bank_app.command("pack", epilog="Example: sbiplat bank pack moons.bank --out moons.h5")
+def bank_pack(
+    bank: BankPath, out: Annotated[Path | None, typer.Option(help="The file; by default BANK with the suffix .h5.")] = None, as_json: Json = False
+) -> None:
+    """Copy a bank into one ordinary, self-contained .h5 file."""
+    from sbiplat.bank.bank import Bank
+    from sbiplat.progress import Progress
+
+    opened = Bank.open(bank)
+    path = opened.pack(out or bank.with_suffix(".h5"), Progress.auto())
+    show(as_json, {"path": str(path), "digest": opened.digest}, f"{path}: {opened.rows} rows, digest {opened.digest}")
+
+
+# ------------------------------------------------------------------------------------------------- train and gate
+
+
+@app.command(epilog="Example: sbiplat train moons.bank --estimator npe --out moons.run --set flow=maf --set max_epochs=50")
+def train(
+    bank: BankPath,
+    out: Annotated[Path, typer.Option(help="The run's directory. An unfinished run is resumed.")],
+    estimator: Annotated[str, typer.Option(help="The estimator, such as npe.")] = "npe",
+    config: Config = None,
+    assignments: Set = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Train an estimator on a bank; resumes."""
+    from sbiplat.training.trainer import train as train_run
+
+    run = train_run(bank, estimator, out=out, seed=seed, **_settings(config, "train", assignments))
+    outcome = run.record["outcome"]
+    show(as_json, {"run": str(out), "weights_digest": run.weights_digest, "bank_digest": run.bank_digest, **outcome},
+         f"{out}: held-out loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
+         f"next: sbiplat gate {out}")
+
+
+@app.command(epilog="Example: sbiplat gate moons.run --n 1000")
+def gate(
+    run: RunPath,
+    n: Annotated[int | None, typer.Option(help="Held-out pairs; by default 1000, or as many as there are.")] = None,
+    seed: Seed = 0,
+    bank: Annotated[Path | None, typer.Option(help="The bank, where it has been moved.")] = None,
+    config: Config = None,
+    assignments: Set = None,
+    embedding: Embedding = None,
+    as_json: Json = False,
+) -> None:
+    """Test a run on held-out pairs and write its certificate; exit 0 certified, 3 refused."""
+    from sbiplat.gate.certificate import gate as gate_run
+    from sbiplat.nets.embeddings import register
+
+    if embedding:
+        register(embedding)
+    certificate = gate_run(run, n=n, seed=seed, bank=bank, **_settings(config, "gate", assignments))
+    show(as_json, dict(certificate.content), "\n".join(_verdict_lines(certificate)))
+    if not certificate.passed:
+        raise typer.Exit(REFUSED)
+
+
+def _verdict_lines(certificate: Any) -> list[str]:
+    lines = [f"{'passed ' if c.passed else 'REFUSED'}  {c.name:24} {c.statement}" + (f"; {c.mend}" if c.mend else "") for c in certificate.criteria]
+    lines.append(f"not tested yet: {', '.join(certificate.content['not_tested'])}")
+    verdict = "certified" if certificate.passed else f"REFUSED by {', '.join(c.name for c in certificate.failed)}"
+    return [*lines, f"{certificate.run_path}: {verdict}; certificate {certificate.sha256}"]
+
+
+# -------------------------------------------------------------------------------------------------- use and report
+
+
+@app.command(epilog="Example: sbiplat sample moons.run --observation x.npy --n 10000 --out draws.csv")
+def sample(
+    run: RunPath,
+    observation: Annotated[Path, typer.Option(help=".npy, .npz, .csv or .h5 of one observation or a batch.")],
+    n: Annotated[int, typer.Option(help="Draws for each observation.")],
+    out: Annotated[Path, typer.Option(help=".nc (ArviZ), .h5 or .csv")],
+    seed: Seed = 0,
+    allow_uncertified: Annotated[bool, typer.Option("--allow-uncertified", help="Draw from a posterior that the gate has not passed.")] = False,
+    embedding: Embedding = None,
+    as_json: Json = False,
+) -> None:
+    """Draw from a certified posterior; exit 4 if it is not certified."""
+    from sbiplat.gate.certificate import load
+    from sbiplat.observation import read_observation
+    from sbiplat.posteriors.export import check_target, write_draws
+    from sbiplat.runs import Run
+
+    check_target(out)
+    opened = Run.open(run)
+    posterior = load(opened, allow_uncertified=allow_uncertified, embedding=embedding)
+    if posterior.provenance["certified"] == "no":
+        print(f"warning: uncertified: {posterior.provenance['refusal']}", file=sys.stderr)  # noqa: T201
+    x = read_observation(observation, opened.x)
+    theta = posterior.sample(x, n, seed=seed)
+    write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, posterior.provenance)
+    rows = [f"{name:16} {theta[..., k].mean():12.5g} +- {theta[..., k].std():.3g} {unit}".rstrip()
+            for k, (name, unit) in enumerate(zip(posterior.prior.names, posterior.prior.units, strict=True))]
+    summary = {"out": str(out), "n": n, "seed": seed, "certified": posterior.provenance["certified"] == "yes",
+               "mean": theta.reshape(-1, theta.shape[-1]).mean(0).tolist(), "sd": theta.reshape(-1, theta.shape[-1]).std(0).tolist()}
+    show(as_json, summary, "\n".join([*(rows if theta.ndim == 2 else []), f"{out}: draws of shape {theta.shape}"]))
+
+
+@app.command(epilog="Example: sbiplat report moons.run --observation x.npy")
+def report(
+    run: RunPath,
+    observation: Annotated[Path | None, typer.Option(help="The observation to show; remembered in the run.")] = None,
+    simulator: Annotated[str | None, typer.Option(help="The simulator, for the posterior predictive, where it is not installed.")] = None,
+    seed: Seed = 0,
+    embedding: Embedding = None,
+    as_json: Json = False,
+) -> None:
+    """Write RUN/report.html."""
+    from sbiplat.observation import read_observation
+    from sbiplat.report.page import report as write_report
+    from sbiplat.runs import Run
+
+    opened = Run.open(run)
+    x = read_observation(observation, opened.x) if observation else None
+    path = write_report(opened, x, simulator=simulator, seed=seed, embedding=embedding)
+    show(as_json, {"report": str(path)}, str(path))
+
+
+@app.command(epilog="Example: sbiplat run workflows/predator_prey.toml")
+def run(workflow: Annotated[Path, typer.Argument(metavar="WORKFLOW.toml", help="What to simulate, train, gate and report.")], as_json: Json = False) -> None:
+    """Simulate, train, gate, sample and report; finished stages are skipped; exit 3 if the gate refuses."""
+    from sbiplat.workflow import run_workflow
+
+    result = run_workflow(workflow, say=lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+    show(as_json, result.to_json(), result.text())
+    if not result.passed:
+        raise typer.Exit(REFUSED)
+
+
+# ------------------------------------------------------------------------------------------------------------ main
+
+
+def main() -> NoReturn:
+    """Run a command; a user's mistake is one line on standard error and an exit code, without a traceback."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("SBIPLAT_DEBUG"))
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    if arguments in ([], ["bank"]):
+        arguments.append("--help")
+    try:
+        code = app(arguments, standalone_mode=False)
+    except UserError as error:
+        if debug:
+            raise
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("stopped; what was committed is kept", 130)
+    except Exception as error:
+        if debug:
+            raise
+        if hasattr(error, "format_message"):  # wrong words on the command line; typer brings its own copy of click
+            command = " ".join(["sbiplat", *(a for a in arguments[:2] if a in _COMMANDS)])
+            _fail(f"{error.format_message()} (see {command} --help)", 2)
+        if type(error).__name__ == "Abort":
+            _fail("stopped; what was committed is kept", 130)
+        if is_disk_full(error):
+            _fail(f"the disk is full ({error}); free some space and run the same command again", 2)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+_COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "train", "gate", "sample", "report", "run")
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    if int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == 0 or code == 1:
+        print("error: " + " ".join(line.split("\n")), file=sys.stderr, flush=True)  # noqa: T201
+    sys.exit(code)

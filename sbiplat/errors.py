@@ -1,0 +1,41 @@
+"""What a user is told when something is wrong: one line that says what, where, and the mend."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. The command line prints it as one line and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class PriorError(UserError):
+    """A prior that cannot be: a bad bound, a name given twice, an unknown distribution."""
+
+
+class SimulatorError(UserError):
+    """A simulator that breaks its contract, or a name under which none is registered."""
+
+
+class BankError(UserError):
+    """A bank that is missing, damaged, or of another simulator, prior or seed."""
+
+
+class RunError(UserError):
+    """A run directory that is missing, damaged, or of another format version."""
+
+
+class OtherTraining(RunError):
+    """A run directory that holds a training with other settings, or on another bank."""
+
+
+class ObservationError(UserError):
+    """An observation of the wrong shape, with NaN, or in a file that cannot be read."""
+
+
+class SettingError(UserError):
+    """A setting with an unknown name or an impossible value."""
+
+
+class Uncertified(UserError):
+    """A posterior without a certificate that holds for its exact weights and bank."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""Estimators: base and registry, one file an estimator."""

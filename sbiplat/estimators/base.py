@@ -1,0 +1,72 @@
+"""What an estimator is, and the registry of those that there are.
+
+An estimator is an nn.Module with one `loss(theta, x)`; theta is unconstrained, (B, D), and x a dict of (B, ...) tensors
+as the bank stores them: transforms and standardisation are part of the module and of its weights. A new estimator is
+one file in this folder and one line in `ESTIMATORS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from sbiplat.errors import SettingError
+from sbiplat.observation import ObservationSpec
+from sbiplat.settings import build as build_settings
+from sbiplat.settings import unknown
+
+ESTIMATORS = {"npe": "sbiplat.estimators.npe:NPE"}
+
+
+class Estimator(nn.Module):
+    """Base of estimators. `settings_class` is the frozen dataclass of the settings that shape it."""
+
+    settings_class: ClassVar[type]
+
+    def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
+        """Set standardisation from rows of the bank, before training."""
+        raise NotImplementedError
+
+    def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        """The training loss of each row, (B,)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """All that is needed to make an estimator with the right shapes, before its weights are loaded."""
+
+    estimator: str
+    settings: Any
+    dim: int
+    x: ObservationSpec
+    gaussianised: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {"estimator": self.estimator, "settings": asdict(self.settings), "dim": self.dim, "x": self.x.to_json(),
+                "gaussianised": self.gaussianised}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Architecture:
+        estimator = find(data["estimator"])
+        return cls(data["estimator"], build_settings(estimator.settings_class, data["settings"]), int(data["dim"]),
+                   ObservationSpec.from_json(data["x"]), bool(data["gaussianised"]))
+
+    def build(self, seed: int = 0) -> Estimator:
+        """The estimator with initial weights drawn from the seed; torch's global generator is left as it was."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return find(self.estimator)(self)  # type: ignore[call-arg]
+
+
+def find(name: str) -> type[Estimator]:
+    """The estimator's class by name; its module is imported only now."""
+    if name not in ESTIMATORS:
+        error = unknown(name, list(ESTIMATORS))
+        raise SettingError(str(error).replace("no setting is called", "no estimator is called"))
+    module, _, attribute = ESTIMATORS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

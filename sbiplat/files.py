@@ -1,0 +1,105 @@
+"""Files that are whole or not there: atomic writes, canonical JSON, content hashes, and errors in one line."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sbiplat.errors import UserError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; on success it is flushed to disk and renamed to `path`, on failure removed."""
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries, so that a rename in it survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically; a full disk or a folder that cannot be written is one clear line."""
+    with disk_errors(path), atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path, what: str, error: type[UserError]) -> dict[str, Any]:
+    """The JSON object in `path`; `what` names it in the error where it is missing or damaged."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"no {what} at {path}") from None
+    except (OSError, UnicodeDecodeError, RecursionError) as problem:
+        raise error(f"{path} cannot be read: {problem}") from None
+    except json.JSONDecodeError as problem:
+        raise error(f"{path} is damaged: not JSON at line {problem.lineno}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} is damaged: expected a JSON object")
+    return value
+
+
+def canonical(value: Any) -> bytes:
+    """JSON in one fixed form: sorted keys, no spaces, no NaN. What hashes are taken of."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, HDF5's included, says that the disk is full or a quota reached."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    text = str(error)
+    return getattr(error, "errno", None) in full or any(f"errno = {code}" in text for code in full) or "No space left" in text
+
+
+@contextmanager
+def disk_errors(path: Path, kept: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turn a failed write to `path` into one line: what, where, and the mend."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if is_disk_full(error):
+            raise UserError(f"the disk is full at {path.parent}; free some space and run the same command again{kept()}") from None
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
+            raise UserError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
+        raise

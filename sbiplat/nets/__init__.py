@@ -1,0 +1,1 @@
+"""Nets: conditional densities, embeddings, standardisation."""

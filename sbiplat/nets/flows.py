@@ -1,0 +1,213 @@
+r"""Conditional densities on R^D, by name: normalising flows of zuko and nflows, and a mixture of Gaussians.
+
+Every one is a `ConditionalDensity`: `log_prob(z, context)` and `sample(context, n, generator)`. It works in coordinates that a
+Gaussian head has whitened,
+
+.. math:: w = A(c)\,(z - \mu(c)), \qquad \log q(z | c) = \log q_w(w | c) + \sum_k \log A_{kk}(c),
+
+with A lower triangular and both read off the context. Posteriors are often near-Gaussian and far narrower than their
+prior; the head moves and scales, and the flow is left with the shape.
+
+zuko: Rozet et al. (2022). nflows: Durkan et al. (2020). NSF: Durkan et al. (2019). MAF: Papamakarios et al. (2017).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sbiplat.nets.embeddings import ACTIVATIONS
+
+_LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class ConditionalDensity(nn.Module):
+    """A density q(z | c) on R^D. z: (..., D); context: (..., C) of the same leading shape."""
+
+    def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
+        """log q(z | c), (...)."""
+        raise NotImplementedError
+
+    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """n draws for each of B contexts (B, C): (B, n, D)."""
+        raise NotImplementedError
+
+
+def standard_normal_log_prob(z: Tensor) -> Tensor:
+    """log N(z; 0, I), (...)."""
+    return (-0.5 * z.square() - _LOG_SQRT_2PI).sum(-1)
+
+
+class GaussianHead(nn.Module):
+    """w = A(c) (z - mu(c)) with A lower triangular of positive diagonal; the identity at first."""
+
+    def __init__(self, dim: int, context: int) -> None:
+        super().__init__()
+        self.dim = dim
+        self.net = nn.Linear(context, 2 * dim + dim * (dim - 1) // 2)
+        nn.init.normal_(self.net.weight, std=1e-2)
+        nn.init.zeros_(self.net.bias)
+        self.register_buffer("below", torch.tril_indices(dim, dim, -1), persistent=False)
+
+    def forward(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mu (..., D), A (..., D, D) and log det A (...)."""
+        mu, log_diagonal, rest = self.net(context).split([self.dim, self.dim, self.below.shape[1]], dim=-1)
+        log_diagonal = 8 * torch.tanh(log_diagonal / 8)  # within e^-8 .. e^8 of the prior's scale
+        diagonal = log_diagonal.exp()
+        A = torch.diag_embed(diagonal)
+        A[..., self.below[0], self.below[1]] = rest * diagonal[..., self.below[0]]
+        return mu, A, log_diagonal.sum(-1)
+
+
+class Whitened(ConditionalDensity):
+    """A density in the coordinates of a Gaussian head."""
+
+    def __init__(self, inner: ConditionalDensity, dim: int, context: int) -> None:
+        super().__init__()
+        self.head = GaussianHead(dim, context)
+        self.inner = inner
+
+    def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
+        mu, A, log_det = self.head(context)
+        w = (A @ (z - mu).unsqueeze(-1)).squeeze(-1)
+        return self.inner.log_prob(w, context) + log_det
+
+    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        mu, A, _ = self.head(context)
+        w = self.inner.sample(context, n, generator)
+        z = torch.linalg.solve_triangular(A, w.mT, upper=False).mT
+        return mu[:, None] + z
+
+
+class StandardNormal(ConditionalDensity):
+    """N(0, I) whatever the context: with the Gaussian head, a full-covariance Gaussian."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
+        return standard_normal_log_prob(z)
+
+    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(len(context), n, self.dim, generator=generator, device=context.device)
+
+
+class ZukoFlow(ConditionalDensity):
+    """A zuko flow: forward(context) is a torch Distribution whose transform maps z to a standard normal."""
+
+    def __init__(self, flow: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.flow, self.dim = flow, dim
+
+    def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
+        return self.flow(context).log_prob(z)
+
+    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(len(context), n, self.dim, generator=generator, device=context.device)
+        return self.flow(context[:, None].expand(-1, n, -1)).transform.inv(noise)
+
+
+class NflowsFlow(ConditionalDensity):
+    """An nflows flow: its transform maps z to a standard normal, one context a row."""
+
+    def __init__(self, transform: nn.Module, dim: int) -> None:
+        super().__init__()
+        self.transform, self.dim = transform, dim
+
+    def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
+        lead = z.shape[:-1]
+        rows = context.expand(*lead, -1).reshape(-1, context.shape[-1])
+        noise, log_det = self.transform(z.reshape(-1, self.dim), context=rows)
+        return (standard_normal_log_prob(noise) + log_det).reshape(lead)
+
+    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(len(context) * n, self.dim, generator=generator, device=context.device)
+        rows = context.repeat_interleave(n, dim=0)
+        return self.transform.inverse(noise, context=rows)[0].reshape(len(context), n, self.dim)
+
+
+class GaussianMixture(ConditionalDensity):
+    """zuko's mixture of full-covariance Gaussians, with draws from an explicit generator."""
+
+    def __init__(self, mixture: nn.Module) -> None:
+        super().__init__()
+        self.mixture = mixture
+
+    def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
+        return self.mixture(context).log_prob(z)
+
+    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        law = self.mixture(context)
+        which = torch.multinomial(law.logits.softmax(-1), n, replacement=True, generator=generator)
+        rows = torch.arange(len(context), device=context.device)[:, None]
+        loc, scale = law.base.loc[rows, which], law.base.scale_tril[rows, which]
+        noise = torch.randn(loc.shape, generator=generator, device=context.device)
+        return loc + (scale @ noise.unsqueeze(-1)).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------------------- by name
+
+
+def _zuko(family: str, passes: int | None = None) -> Callable[..., ConditionalDensity]:
+    def make(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+        import zuko
+
+        settings = {"transforms": transforms, "hidden_features": hidden, "activation": ACTIVATIONS[activation]}
+        if passes is not None and dim > 1:
+            settings |= {"passes": passes, "randperm": dim > 2}
+        if family == "NSF":
+            settings["bins"] = bins
+        return ZukoFlow(getattr(zuko.flows, family)(dim, context, **settings), dim)
+
+    return make
+
+
+def _mixture(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+    import zuko
+
+    return GaussianMixture(zuko.mixtures.GMM(dim, context, components=components, hidden_features=hidden, activation=ACTIVATIONS[activation]))
+
+
+def _nflows(family: str) -> Callable[..., ConditionalDensity]:
+    def make(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+        from nflows.transforms import CompositeTransform, ReversePermutation
+        from nflows.transforms.autoregressive import (
+            MaskedAffineAutoregressiveTransform,
+            MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
+        )
+
+        common = {"features": dim, "hidden_features": hidden[0], "context_features": context, "num_blocks": len(hidden),
+                  "activation": ACTIVATIONS[activation]()}
+        spline = {"num_bins": bins, "tails": "linear", "tail_bound": 5.0}
+        layers = []
+        for _ in range(transforms):
+            layers += [ReversePermutation(dim), MaskedAffineAutoregressiveTransform(**common) if family == "MAF"
+                       else MaskedPiecewiseRationalQuadraticAutoregressiveTransform(**common, **spline)]
+        return NflowsFlow(CompositeTransform(layers), dim)
+
+    return make
+
+
+def _gaussian(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+    return StandardNormal(dim)
+
+
+FLOWS: dict[str, Callable[..., ConditionalDensity]] = {
+    "nsf": _zuko("NSF"),
+    "maf": _zuko("MAF"),
+    "coupling_nsf": _zuko("NSF", passes=2),
+    "mog": _mixture,
+    "gaussian": _gaussian,
+    "nflows_nsf": _nflows("NSF"),
+    "nflows_maf": _nflows("MAF"),
+}
+
+
+def build(name: str, dim: int, context: int, *, transforms: int, hidden: tuple[int, ...], bins: int, components: int,
+          activation: str) -> ConditionalDensity:
+    """The conditional density of that name over z (D,) given a context (C,), in whitened coordinates."""
+    return Whitened(FLOWS[name](dim, context, transforms, hidden, bins, components, activation), dim, context)

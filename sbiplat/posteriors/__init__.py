@@ -1,0 +1,1 @@
+"""Posteriors: what answers sample and log_prob in the user's own parameter space."""

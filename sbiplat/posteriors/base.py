@@ -1,0 +1,97 @@
+"""What a posterior is: `sample(x, n)`, `log_prob(theta, x)` and `to_arviz(x, n)`, in the user's own parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from sbiplat.errors import PriorError, SettingError
+from sbiplat.observation import Fields, ObservationSpec
+from sbiplat.posteriors.export import to_arviz
+from sbiplat.prior import Prior
+
+Array = NDArray[np.float64]
+
+
+class Sampler(Protocol):
+    """The core behind a posterior: draws and densities over unconstrained z, for B observations at once."""
+
+    def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
+        """(B, n, D) draws; the same seed gives the same draws."""
+        ...
+
+    def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
+        """log q(z | x) for z (B, n, D): (B, n). Raises NotImplementedError where there is no density."""
+        ...
+
+
+@dataclass(frozen=True)
+class Posterior:
+    r"""A posterior over named parameters.
+
+    A density over theta follows from that over z by the prior's bijection,
+    :math:`\log q(\theta | x) = \log q(z | x) - \log |d\theta / dz|`.
+
+    provenance: what is written into every file of draws (weights and bank digest, certificate).
+    """
+
+    prior: Prior
+    x: ObservationSpec
+    sampler: Sampler
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def sample(self, x: Any, n: int, *, seed: int | None = None) -> Array:
+        """n draws of theta given x: (n, D); given a batch of B observations: (B, n, D).
+
+        seed: fixes the draws; without one, fresh ones every time. Raises ObservationError where x has the wrong shape or NaN.
+        """
+        fields, batched = self.x.batch(x)
+        z = self.unconstrained_sample(fields, n, fresh_seed() if seed is None else seed)
+        theta = self.prior.constrain(z)
+        return theta if batched else theta[0]
+
+    def log_prob(self, theta: ArrayLike, x: Any) -> Array:
+        """log q(theta | x), -inf outside the support.
+
+        One x: theta (..., D) gives (...). A batch of B: theta (B, D) gives (B,), and (B, n, D) gives (B, n).
+        """
+        fields, batched = self.x.batch(x)
+        theta = np.asarray(theta, float)
+        if theta.ndim == 0 or theta.shape[-1] != self.prior.dim:
+            raise PriorError(f"theta has shape {theta.shape}; its last axis must hold {', '.join(self.prior.names)}")
+        size = len(next(iter(fields.values())))
+        if batched and (theta.ndim not in (2, 3) or len(theta) != size):
+            raise PriorError(f"theta has shape {theta.shape}; for {size} observations give ({size}, {self.prior.dim}) or ({size}, n, {self.prior.dim})")
+        flat = theta.reshape(size if batched else 1, -1, self.prior.dim)
+        inside = self.prior.contains(flat)
+        z = self.prior.unconstrain(np.where(inside[..., None], flat, self.prior.constrain(np.zeros(self.prior.dim))))
+        log_q = self.sampler.log_prob(z.astype(np.float32), fields) - self.prior.log_abs_det_jacobian(z)
+        return np.where(inside, log_q, -np.inf).reshape(theta.shape[:-1])
+
+    def unconstrained_sample(self, fields: Fields, n: int, seed: int) -> Array:
+        """(B, n, D) draws of z, for diagnostics."""
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+            raise SettingError(f"n must be a whole number of at least 1, got {n!r}")
+        return np.asarray(self.sampler.sample(fields, int(n), int(seed)), float)
+
+    def unconstrained_log_prob(self, z: Array, fields: Fields) -> Array:
+        """log q(z | x) over z (B, n, D): (B, n), for diagnostics."""
+        return self.sampler.log_prob(np.asarray(z, np.float32), fields)
+
+    def to_arviz(self, x: Any, n: int, *, seed: int | None = None) -> Any:
+        """Draws as ArviZ InferenceData: groups posterior, prior and observed_data, one chain.
+
+        Given a batch, every parameter has a third dimension `observation`. Units, seed and digests are attributes.
+        """
+        seed = fresh_seed() if seed is None else seed
+        fields, batched = self.x.batch(x)
+        return to_arviz(self.prior, fields, batched, self.sample(x, n, seed=seed), seed, self.provenance)
+
+
+def fresh_seed() -> int:
+    """A seed from the operating system's entropy, short enough to be written down."""
+    return int(np.random.SeedSequence().generate_state(1)[0])

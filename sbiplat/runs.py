@@ -1,0 +1,139 @@
+"""The run directory: all of one training, written whole, hashed, and read back without running anything.
+
+    RUN/run.json              what was trained: architecture, settings, seeds, bank digest, split, versions, outcome
+    RUN/weights.safetensors   the best weights
+    RUN/metrics.jsonl         a line an epoch
+    RUN/checkpoint/           what an unfinished training resumes from; gone when it has finished
+    RUN/certificate.json      the gate's verdict           RUN/diagnostics.npz  what its figures were made of
+    RUN/report.html           the report
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sbiplat import files
+from sbiplat.bank.bank import Bank
+from sbiplat.errors import BankError, PriorError, RunError, SettingError, SimulatorError
+from sbiplat.estimators.base import Architecture, Estimator
+from sbiplat.observation import ObservationSpec
+from sbiplat.prior import Prior
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory. `record` is run.json."""
+
+    path: Path
+    record: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """Open a run; raises RunError where it is none, damaged, or of another format version."""
+        path = Path(path)
+        if not path.is_dir():
+            raise RunError(f"no run at {path}; make one with `sbiplat train BANK --estimator npe --out {path}`")
+        record = files.read_json(path / "run.json", "run.json (is this a run?)", RunError)
+        if record.get("format_version") != FORMAT_VERSION:
+            raise RunError(f"{path} is of run format {record.get('format_version')!r}, this sbiplat reads {FORMAT_VERSION}; "
+                           "train again, or use the sbiplat that made it")
+        run = cls(path, record)
+        run._check()
+        return run
+
+    def _check(self) -> None:
+        missing = [k for k in ("architecture", "training", "seed", "bank", "prior", "split", "finished") if k not in self.record]
+        if missing:
+            raise RunError(f"{self.path / 'run.json'} is damaged: it lacks {', '.join(missing)}")
+        try:
+            assert self.prior.dim == self.architecture.dim
+            assert isinstance(self.record["bank"]["digest"], str)
+        except (KeyError, TypeError, ValueError, AttributeError, AssertionError, PriorError, SettingError, SimulatorError) as error:
+            raise RunError(f"{self.path / 'run.json'} is damaged: {str(error) or repr(error)}") from None
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.record["finished"])
+
+    def require_finished(self) -> Run:
+        if not self.finished:
+            raise RunError(f"the training in {self.path} has not finished; run the same `sbiplat train` command again to resume it")
+        return self
+
+    @cached_property
+    def prior(self) -> Prior:
+        return Prior.from_json(self.record["prior"])
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return Architecture.from_json(dict(self.record["architecture"]))
+
+    @property
+    def x(self) -> ObservationSpec:
+        return self.architecture.x
+
+    @property
+    def seed(self) -> int:
+        return int(self.record["seed"])
+
+    @property
+    def weights_path(self) -> Path:
+        return self.path / "weights.safetensors"
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """SHA-256 of the weights as they are on disk now."""
+        if not self.weights_path.is_file():
+            raise RunError(f"{self.path} has no weights; train it again")
+        return files.digest_file(self.weights_path)
+
+    @cached_property
+    def config_digest(self) -> str:
+        """SHA-256 of what turns weights into a posterior: the architecture and the prior."""
+        return files.digest_of({k: self.record[k] for k in ("architecture", "prior")})
+
+    @property
+    def bank_digest(self) -> str:
+        return str(self.record["bank"]["digest"])
+
+    def bank(self, path: str | Path | None = None) -> Bank:
+        """The bank that this run was trained on, as it was then; raises BankError where it has changed or is gone."""
+        recorded = self.record["bank"]
+        places = [Path(path)] if path else [Path(recorded["path"]), self.path / recorded["relative_path"]]
+        found = next((p for p in places if p.exists()), None)
+        if found is None:
+            raise BankError(f"the bank of {self.path} is not at {places[0]} any more; say where it is with --bank")
+        bank = Bank.open(found).first(int(recorded["rows"]))
+        if bank.digest != self.bank_digest:
+            raise BankError(f"{found} is not the bank that {self.path} was trained on: its digest is {bank.digest[:12]}, not "
+                            f"{self.bank_digest[:12]}; name the right one with --bank, or train again")
+        return bank
+
+    def estimator(self, device: str = "cpu") -> Estimator:
+        """The estimator with its weights."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        estimator = self.architecture.build()
+        try:
+            estimator.load_state_dict(load_file(self.weights_path))
+        except (SafetensorError, OSError, RuntimeError, KeyError) as error:
+            raise RunError(f"{self.weights_path} is damaged or of another architecture: {str(error).splitlines()[0]}") from None
+        return estimator.to(device).eval()
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record an epoch; lines that cannot be read are left out."""
+        path, out = self.path / "metrics.jsonl", []
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            try:
+                out.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return out

@@ -1,0 +1,122 @@
+"""Settings: frozen dataclasses filled by name from TOML, the command line or keyword arguments.
+
+A field's metadata states what it is and its range: `setting(default, "what it is", low=..., high=..., among=...)`.
+An unknown name or an impossible value is one line that says what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sbiplat.errors import SettingError
+
+S = TypeVar("S")
+
+
+def setting(default: Any, about: str, *, low: float = -math.inf, high: float = math.inf, among: Sequence[str] = ()) -> Any:
+    """A dataclass field with its documentation and range."""
+    return field(default=default, metadata={"about": about, "low": low, "high": high, "among": tuple(among)})
+
+
+def build(cls: type[S], values: Mapping[str, Any]) -> S:
+    """An instance of a settings class from names and values; raises SettingError."""
+    known = {f.name: f for f in fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for name in values:
+        if name not in known:
+            raise unknown(name, list(known))
+    return cls(**{name: _checked(name, value, hints[name], known[name].metadata) for name, value in values.items()})
+
+
+def split(values: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
+    """Share out names among settings classes; raises SettingError for a name that none has."""
+    owners = {f.name: k for k, cls in enumerate(classes) for f in fields(cls)}
+    parts: list[dict[str, Any]] = [{} for _ in classes]
+    for name, value in values.items():
+        if name not in owners:
+            raise unknown(name, list(owners))
+        parts[owners[name]][name] = value
+    return parts
+
+
+def unknown(name: str, known: list[str]) -> SettingError:
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    return SettingError(f"no setting is called {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"))
+
+
+def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    kind = next(o for o in options if o is not type(None))
+    origin = typing.get_origin(kind) or kind
+    wrong = SettingError(f"{name} = {value!r}: expected {_kind_name(kind)}" + _range(about))
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(v, int) and not isinstance(v, bool) and v >= about["low"] for v in value):
+            raise wrong
+        return tuple(value)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return dict(value)
+    if origin is bool:
+        if not isinstance(value, bool):
+            raise wrong
+        return value
+    if origin in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or (origin is int and value != int(value)):
+            raise wrong
+        if math.isnan(value) or not about["low"] <= value <= about["high"]:
+            raise wrong
+        return origin(value)
+    if not isinstance(value, str) or (about["among"] and value not in about["among"]):
+        raise wrong
+    return value
+
+
+def _kind_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table"}
+    return names.get(typing.get_origin(kind) or kind, "a list of whole numbers")
+
+
+def _range(about: Mapping[str, Any]) -> str:
+    if about["among"]:
+        return f", one of {', '.join(about['among'])}"
+    low, high = about["low"], about["high"]
+    if math.isinf(low) and math.isinf(high):
+        return ""
+    return f" between {low:g} and {high:g}" if not math.isinf(high) else f" of at least {low:g}"
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file as a dict; raises SettingError with the line where it is not TOML."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SettingError(f"no settings file at {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(f"{path} cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingError(f"{path} is not TOML: {error}") from None
+
+
+def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words as settings: the value in TOML's notation, or plain text."""
+    out: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name.strip():
+            raise SettingError(f"--set {item!r}: expected key=value, such as --set flow=maf")
+        try:
+            out[name.strip()] = tomllib.loads(f"value = {text.strip()}")["value"]
+        except tomllib.TOMLDecodeError:
+            out[name.strip()] = text.strip()
+    return out

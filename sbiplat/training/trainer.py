@@ -1,0 +1,403 @@
+r"""The trainer: one loop for every estimator.
+
+Per step: a batch, the mean loss, its gradient clipped to a global norm, one step of AdamW (matrices of hidden layers by
+Muon where `optimizer = "muon"`: Jordan et al., 2024), the rate by linear warm-up and then a cosine to zero,
+
+.. math:: \eta_t = \eta \min(1, t / t_w) \cdot \tfrac12 (1 + \cos(\pi t / T)),
+
+and, where asked, an exponential moving average of the weights. A step whose loss or gradient is not finite is left out;
+many in a row bring back the best weights at half the rate. The held-out loss is taken every epoch over a fixed set
+of rows, on the averaged weights where there are any; the best are kept and training stops early when they stay the best.
+
+Every random choice is a function of (seed, epoch), and the state between two steps can be written and read, so a resumed
+training ends with the weights of an unbroken one. torch's global generator is left as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sbiplat import files
+from sbiplat.bank.bank import Bank
+from sbiplat.bank.farm import Interrupted, Signals, Stopped
+from sbiplat.bank.layout import versions
+from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split
+from sbiplat.errors import OtherTraining, RunError, SettingError
+from sbiplat.estimators.base import Architecture, Estimator, find
+from sbiplat.nets import embeddings
+from sbiplat.progress import Progress
+from sbiplat.runs import FORMAT_VERSION, Run
+from sbiplat.settings import build as build_settings
+from sbiplat.settings import setting
+from sbiplat.settings import split as split_settings
+from sbiplat.training import checkpoint
+
+SCALE_ROWS = 50_000
+PATIENCE_WITH_NON_FINITE = 20
+MOST_RECOVERIES = 3
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How an estimator is trained, whatever it is."""
+
+    batch_size: int | None = setting(None, "rows a step; by default 128 to 1024 as the bank grows", low=1)
+    learning_rate: float | None = setting(None, "peak rate; by default 3e-3 sqrt(batch_size / 256), at most 5e-3", low=1e-8, high=1.0)
+    optimizer: str = setting("adamw", "adamw, or muon for hidden matrices and adamw for the rest", among=("adamw", "muon"))
+    muon_learning_rate: float = setting(0.02, "peak rate of muon's matrices", low=1e-6, high=1.0)
+    weight_decay: float = setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
+    max_epochs: int | None = setting(None, "epochs of the cosine; by default enough for about 20,000 steps", low=1)
+    warmup: float = setting(0.02, "share of all steps in which the rate rises", low=0.0, high=0.9)
+    patience: int = setting(20, "epochs without a better held-out loss before stopping", low=1)
+    clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
+    ema: float = setting(0.0, "decay of the moving average of weights, a step; 0 for none", low=0.0, high=0.99999)
+    validation: float = setting(0.05, "share of rows for the held-out loss", low=0.001, high=0.5)
+    held_out: float = setting(0.1, "share of rows kept for the gate, which training never sees", low=0.001, high=0.5)
+    held_out_most: int = setting(5000, "at most so many rows for each of the two", low=10)
+    memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
+    threads: int = setting(1, "torch threads", low=1, high=1024)
+    device: str = setting("cpu", "cpu, cuda or cuda:K")
+    checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", low=0.0)
+
+
+# Settings that change how long a training takes or where it runs, not what it is: a resume may change them.
+PRACTICAL = ("memory_mb", "threads", "device", "checkpoint_seconds")
+
+
+def train(
+    bank: Bank | str | Path, estimator: str = "npe", *, out: str | Path, seed: int = 0, progress: Progress | None = None, **settings: Any
+) -> Run:
+    """Train an estimator on a bank into a run directory; the same call resumes, or returns a finished run at once.
+
+    settings: fields of `TrainSettings` and of the estimator's own settings, by name. Raises SettingError, BankError,
+    RunError where `out` holds another training, and Stopped after SIGINT or SIGTERM.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
+        raise SettingError(f"seed must be a whole number of at least 0, got {seed!r}")
+    bank = (bank if isinstance(bank, Bank) else Bank.open(bank)).require_complete()
+    if "embedding" in settings:
+        settings["embedding"] = embeddings.register(settings["embedding"])
+    ours, theirs = split_settings(settings, TrainSettings, find(estimator).settings_class)
+    training = _filled(build_settings(TrainSettings, ours), bank)
+    prior = bank.header.prior
+    architecture = Architecture(estimator, build_settings(find(estimator).settings_class, theirs), prior.dim, bank.header.x, prior.gaussianised)
+    progress = progress or Progress.auto()
+    torch.set_num_threads(training.threads)
+
+    run = _begin(bank, architecture, training, seed, Path(out), progress)
+    if run.finished:
+        return run
+    with _global_generator_kept():
+        return _Training(run, bank, training, progress).finish()
+
+
+def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
+    """Defaults that depend on the size of the bank, as figures."""
+    values = asdict(settings)
+    if settings.batch_size is None:
+        values["batch_size"] = min(1024, max(64, 2 ** round(math.log2(max(bank.rows, 2) / 80))))
+    if settings.learning_rate is None:
+        values["learning_rate"] = min(5e-3, 3e-3 * math.sqrt(values["batch_size"] / 256))
+    if settings.max_epochs is None:
+        values["max_epochs"] = min(500, max(10, round(20_000 * values["batch_size"] / bank.rows)))
+    try:
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device = {settings.device!r} is not to be had here: {str(error).splitlines()[0]}") from None
+    return build_settings(TrainSettings, values)
+
+
+def _begin(bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, out: Path, progress: Progress) -> Run:
+    """The run directory with its record: a new one, or the one there if it is of the same training."""
+    apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
+    identity = {
+        "format_version": FORMAT_VERSION, "architecture": architecture.to_json(), "training": asdict(training), "seed": seed,
+        "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out), "digest": bank.digest, "rows": bank.rows,
+                 "simulator": bank.header.simulator, "seed": bank.header.seed, "block_size": bank.header.block_size},
+        "prior": bank.header.prior.to_json(),
+        "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
+                  "left_out": apart.left_out, "digest": apart.digest()},
+    }
+    if (out / "run.json").exists():
+        run = Run.open(out)
+        _check_same(run.record, identity, out)
+        return run
+    if out.exists() and (not out.is_dir() or any(p.name != "checkpoint" for p in out.iterdir())):
+        raise RunError(f"{out} holds other files and is no run; give the run another --out")
+    problems = bank.verify(progress)
+    if problems:
+        raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    if apart.left_out:
+        share = apart.left_out / bank.rows
+        progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: the posterior is given that a simulation succeeds")
+    with files.disk_errors(out / "run.json"):
+        out.mkdir(parents=True, exist_ok=True)
+    record = {**identity, "finished": False, "created": files.now(), "versions": versions(),
+              "embedding_source": embeddings.source_digest(getattr(architecture.settings, "embedding", "mlp"))}
+    files.write_json(out / "run.json", record)
+    return Run.open(out)
+
+
+def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
+    """Refuse to resume a training under other settings, naming the first that differs."""
+    def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL}}
+        return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
+                **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12]}
+
+    mine, theirs = flat(old), flat(new)
+    differs = [k for k in theirs if mine.get(k) != theirs[k]]
+    if differs:
+        k = differs[0]
+        raise OtherTraining(f"{out} was begun with {k} = {mine.get(k)!r}, not {theirs[k]!r}; use the same settings to resume, or another --out")
+
+
+@contextmanager
+def _global_generator_kept() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+class _Training:
+    """One training under way: its state between two steps, and the steps."""
+
+    def __init__(self, run: Run, bank: Bank, settings: TrainSettings, progress: Progress) -> None:
+        self.run, self.settings, self.progress = run, settings, progress
+        self.device = torch.device(settings.device)
+        apart: Split = split(bank, run.seed, settings.validation, settings.held_out, settings.held_out_most)
+        self.batches = Batches(bank, apart, settings.batch_size or 1, run.seed, int(settings.memory_mb * 2**20))
+        self.validation = self._tensors(pairs_at(bank, apart.validation))
+        self.resident = self._tensors(self.batches.resident_pairs()) if self.batches.resident else None
+        self.estimator: Estimator = run.architecture.build(run.seed)
+        scale = self._tensors(self.batches.sample(SCALE_ROWS), torch.device("cpu"))
+        self.estimator.fit_scales(scale["theta"], scale["x"])
+        self.estimator.to(self.device)
+        self.optimizers = _optimizers(self.estimator, settings)
+        self.total_steps = settings.max_epochs * self.batches.per_epoch
+        self.average = {k: v.detach().clone() for k, v in self.estimator.state_dict().items()} if settings.ema else None
+        self.best: dict[str, Tensor] = self._weights()
+        self.state: dict[str, Any] = {
+            "epoch": 0, "step_in_epoch": 0, "step": 0, "best_loss": math.inf, "best_epoch": -1, "rate_factor": 1.0,
+            "in_a_row": 0, "skipped": 0, "recoveries": 0, "train_loss": 0.0, "seconds": 0.0,
+        }
+        self._since = time.monotonic()
+        self._resume()
+
+    # ------------------------------------------------------------------------------------------------------- steps
+
+    def finish(self) -> Run:
+        """Train to the end and write the best weights."""
+        state, settings = self.state, self.settings
+        signals = Signals()
+        with signals.installed(), self.progress.task("train", self.total_steps) as advance:
+            advance(state["step"])
+            while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
+                try:
+                    self._epoch(signals, advance)
+                except Interrupted:
+                    self._checkpoint()
+                    raise Stopped(f"stopped in epoch {state['epoch']}: the state is kept in {self.run.path}; "
+                                  "the same command resumes") from None
+        return self._write_result()
+
+    def _epoch(self, signals: Signals, advance: Any) -> None:
+        state = self.state
+        if state["step_in_epoch"] == 0:
+            torch.manual_seed(_epoch_seed(self.run.seed, state["epoch"]))
+            state["train_loss"] = 0.0
+        self.estimator.train()
+        for batch in self._epoch_batches():
+            state["train_loss"] += (self._step(batch) - state["train_loss"]) / (state["step_in_epoch"] + 1)
+            state["step_in_epoch"] += 1
+            state["step"] += 1
+            advance(1)
+            if signals.requested:
+                raise Interrupted
+            if time.monotonic() - self._since > self.settings.checkpoint_seconds:
+                self._checkpoint()
+        self._end_epoch(advance)
+
+    def _epoch_batches(self) -> Iterator[dict[str, Any]]:
+        epoch, skip = self.state["epoch"], self.state["step_in_epoch"]
+        if self.resident is None:
+            for pairs in self.batches.epoch(epoch, skip):
+                yield self._tensors(pairs)
+            return
+        order = torch.as_tensor(self.batches.order(epoch), device=self.device)
+        size = self.batches.batch_size
+        for k in range(skip, self.batches.per_epoch):
+            index = order[k * size:(k + 1) * size]
+            yield {"theta": self.resident["theta"][index], "x": {n: v[index] for n, v in self.resident["x"].items()}}
+
+    def _step(self, batch: dict[str, Any]) -> float:
+        """One optimizer step; returns the loss, and the running one where the step was left out."""
+        state, settings = self.state, self.settings
+        rate = state["rate_factor"] * _schedule(state["step"], self.total_steps, settings.warmup)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * rate
+            optimizer.zero_grad(set_to_none=True)
+        loss = self.estimator.loss(batch["theta"], batch["x"]).mean()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.estimator.parameters(), settings.clip_norm)
+        value = float(loss.detach())
+        if not (math.isfinite(value) and math.isfinite(float(norm))):
+            state["skipped"] += 1
+            state["in_a_row"] += 1
+            if state["in_a_row"] >= PATIENCE_WITH_NON_FINITE:
+                self._recover()
+            return float(state["train_loss"])
+        state["in_a_row"] = 0
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.average is not None:
+            now = self.estimator.state_dict()
+            decay = min(settings.ema, (1 + state["step"]) / (10 + state["step"]))
+            floats = [k for k, v in now.items() if v.is_floating_point()]
+            torch._foreach_lerp_([self.average[k] for k in floats], [now[k] for k in floats], 1 - decay)
+        return value
+
+    def _recover(self) -> None:
+        """Back to the best weights at half the rate, with the optimizer's memory cleared."""
+        state = self.state
+        if state["recoveries"] >= MOST_RECOVERIES:
+            raise RunError(f"training in {self.run.path} diverged {MOST_RECOVERIES + 1} times (loss or gradient not finite); "
+                           f"try --set learning_rate={(self.settings.learning_rate or 1e-3) / 10:g}, or look for extreme x in the bank")
+        state["recoveries"] += 1
+        state["in_a_row"] = 0
+        state["rate_factor"] *= 0.5
+        self.estimator.load_state_dict(self.best)
+        if self.average is not None:
+            self.average = {k: v.clone() for k, v in self.best.items()}
+        self.optimizers = _optimizers(self.estimator, self.settings)
+
+    def _end_epoch(self, advance: Any) -> None:
+        state = self.state
+        validation = self._validation_loss()
+        if validation < state["best_loss"]:
+            state["best_loss"], state["best_epoch"] = validation, state["epoch"]
+            self.best = self._weights()
+        state["seconds"] += time.monotonic() - self._clock
+        self._clock = time.monotonic()
+        record = {
+            "epoch": state["epoch"], "step": state["step"], "train_loss": state["train_loss"],
+            "validation_loss": validation if math.isfinite(validation) else None,
+            "learning_rate": self.optimizers[0].param_groups[0]["lr"], "seconds": round(state["seconds"], 3),
+            "skipped_steps": state["skipped"], "recoveries": state["recoveries"],
+        }
+        with files.disk_errors(self.run.path / "metrics.jsonl"), (self.run.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        advance(0, f"epoch {state['epoch']}: held-out loss {validation:.3f}, best {state['best_loss']:.3f}")
+        state["epoch"] += 1
+        state["step_in_epoch"] = 0
+
+    def _validation_loss(self) -> float:
+        """Mean held-out loss of the weights that would be kept, with its own fixed random stream."""
+        current = {k: v.clone() for k, v in self.estimator.state_dict().items()} if self.average is not None else None
+        if self.average is not None:
+            self.estimator.load_state_dict(self.average)
+        self.estimator.eval()
+        generator_state = torch.get_rng_state()
+        torch.manual_seed(_epoch_seed(self.run.seed, -1))
+        with torch.no_grad():
+            losses = [self.estimator.loss(theta, {k: v[a:a + len(theta)] for k, v in self.validation["x"].items()})
+                      for a, theta in ((a, self.validation["theta"][a:a + 4096]) for a in range(0, len(self.validation["theta"]), 4096))]
+        torch.set_rng_state(generator_state)
+        if current is not None:
+            self.estimator.load_state_dict(current)
+        value = float(torch.cat(losses).double().mean())
+        return value if math.isfinite(value) else math.inf
+
+    # ------------------------------------------------------------------------------------------------------- state
+
+    def _weights(self) -> dict[str, Tensor]:
+        source = self.average if self.average is not None else self.estimator.state_dict()
+        return {k: v.detach().clone() for k, v in source.items()}
+
+    def _tensors(self, pairs: Pairs, device: torch.device | None = None) -> dict[str, Any]:
+        device = device or self.device
+        return {"theta": torch.as_tensor(pairs["theta"], device=device),
+                "x": {k: torch.as_tensor(np.ascontiguousarray(v), device=device) for k, v in pairs["x"].items()}}
+
+    def _checkpoint(self) -> None:
+        self.state["seconds"] += time.monotonic() - self._clock
+        self._clock = self._since = time.monotonic()
+        groups = {"weights": self.estimator.state_dict(), "best": self.best, "generator": {"state": torch.get_rng_state()},
+                  **({"average": self.average} if self.average is not None else {}),
+                  **{f"optimizer{k}": checkpoint.optimizer_tensors(o) for k, o in enumerate(self.optimizers)}}
+        state = {k: (None if isinstance(v, float) and math.isinf(v) else v) for k, v in self.state.items()}
+        checkpoint.save(self.run.path / "checkpoint" / "state.safetensors", groups, state)
+
+    def _resume(self) -> None:
+        self._clock = time.monotonic()
+        found = checkpoint.load(self.run.path / "checkpoint" / "state.safetensors")
+        if found is not None:
+            groups, state = found
+            self.state = {k: (math.inf if v is None else v) for k, v in state.items()}
+            self.estimator.load_state_dict(groups["weights"])
+            self.best = {k: v.to(self.device) for k, v in groups["best"].items()}
+            if self.average is not None:
+                self.average = {k: v.to(self.device) for k, v in groups["average"].items()}
+            for k, optimizer in enumerate(self.optimizers):
+                checkpoint.restore_optimizer(optimizer, groups.get(f"optimizer{k}", {}))
+            torch.set_rng_state(groups["generator"]["state"])
+        kept = [m for m in self.run.metrics() if m.get("epoch", -1) < self.state["epoch"]]
+        files.write_text(self.run.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
+
+    def _write_result(self) -> Run:
+        from safetensors.torch import save_file
+
+        path, state = self.run.weights_path, self.state
+        if not math.isfinite(state["best_loss"]):
+            raise RunError(f"training in {self.run.path} never had a finite held-out loss; try a lower learning_rate, or look for "
+                           "extreme x in the bank")
+        with files.disk_errors(path), files.atomic_path(path) as temporary:
+            save_file({k: v.cpu().contiguous() for k, v in self.best.items()}, temporary)
+        outcome = {"best_epoch": state["best_epoch"], "validation_loss": state["best_loss"], "epochs": state["epoch"],
+                   "steps": state["step"], "seconds": round(state["seconds"], 1), "skipped_steps": state["skipped"],
+                   "recoveries": state["recoveries"], "parameters": sum(p.numel() for p in self.estimator.parameters())}
+        files.write_json(self.run.path / "run.json", {**self.run.record, "finished": True, "outcome": outcome})
+        (self.run.path / "checkpoint" / "state.safetensors").unlink(missing_ok=True)
+        if (self.run.path / "checkpoint").is_dir():
+            (self.run.path / "checkpoint").rmdir()
+        return Run.open(self.run.path)
+
+
+def _schedule(step: int, total: int, warmup: float) -> float:
+    rise = min(1.0, (step + 1) / max(1.0, warmup * total))
+    return rise * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int(np.random.SeedSequence(seed, spawn_key=(0x70C4, epoch + 1)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _optimizers(estimator: Estimator, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for hidden matrices and AdamW for the rest; `peak` is each group's peak rate."""
+    rate = settings.learning_rate or 0.0
+    parameters = [p for p in estimator.parameters() if p.requires_grad]
+    matrices: list[Tensor] = []
+    if settings.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise SettingError(f"optimizer = 'muon' needs torch 2.9 or later, this is {torch.__version__}; use adamw")
+        matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= 32]
+    inside = {id(p) for p in matrices}
+    rest = [p for p in parameters if id(p) not in inside]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, weight_decay=settings.weight_decay, fused=True)]
+    made[0].param_groups[0]["peak"] = rate
+    if matrices:
+        made.append(torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
+        made[1].param_groups[0]["peak"] = settings.muon_learning_rate
+    return made

@@ -1,0 +1,1 @@
+"""Simulators shipped with sbiplat: one file a scientific problem, each the example to copy."""
