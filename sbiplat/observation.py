@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -72,11 +74,10 @@ class ObservationSpec:
                 raise SimulatorError(f"x_transform names {name!r}, which x does not have; it has {', '.join(shapes)}")
             if value not in TRANSFORMS:
                 raise SimulatorError(f"x_transform {value!r} is not one of {', '.join(TRANSFORMS)}")
-        last = next(iter(shapes.values()))[-1:] if plain else ()
-        if labels and (not plain or last != (len(labels),)):
-            raise SimulatorError(f"x_labels has {len(labels)} names for a last axis of length {last[0] if last else 'none'}")
-        return cls(shapes, plain, dtype, {k: wanted.get(k, "none") for k in shapes}, tuple(labels),
-                   (axis[0], tuple(float(v) for v in axis[1])) if axis else ("", ()), unit)
+        if not isinstance(unit, str):
+            raise SimulatorError(f"x_unit must be text, got {unit!r}")
+        return cls(shapes, plain, dtype, {k: wanted.get(k, "none") for k in shapes},
+                   _labels(labels, shapes["x"] if plain else ()), _axis(axis, shapes), unit)
 
     @property
     def row_bytes(self) -> int:
@@ -136,7 +137,8 @@ class ObservationSpec:
     def _named(self, x: Any) -> Mapping[str, Any]:
         if self.plain:
             if isinstance(x, Mapping):
-                raise ObservationError(f"x is a dict ({', '.join(map(str, x))}), declared is one array of shape {self.shapes['x']}")
+                raise ObservationError(f"x is a dict ({', '.join(map(str, x))}), declared is one array of shape "
+                                       f"{self.shapes['x']}")
             return {"x": x}
         if not isinstance(x, Mapping):
             raise ObservationError(f"x is a {type(x).__name__}, declared is a dict with {', '.join(self.shapes)}")
@@ -153,18 +155,50 @@ class ObservationSpec:
     def from_json(cls, data: Mapping[str, Any]) -> ObservationSpec:
         try:
             shape: Any = data["shapes"]["x"] if data["plain"] else data["shapes"]
-            axis = (str(data["axis"][0]), data["axis"][1]) if data["axis"][0] else None
-            return cls.declare(shape, data["dtype"], data["transform"], data["labels"], axis, str(data["unit"]))
-        except (KeyError, TypeError, IndexError, ValueError) as error:
+            return cls.declare(shape, data["dtype"], data["transform"], data["labels"], data["axis"], data["unit"])
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise SimulatorError(f"not a description of x: {error!r}") from None
 
 
 def _shape(value: Any, name: Any) -> tuple[int, ...]:
     sizes = (value,) if isinstance(value, int | np.integer) else value
-    if (isinstance(sizes, str) or not isinstance(sizes, Sequence)
+    if (isinstance(sizes, str) or not isinstance(sizes, Sequence | np.ndarray)
             or not all(isinstance(s, int | np.integer) and not isinstance(s, bool) and s > 0 for s in sizes)):
         raise SimulatorError(f"x_shape of {name!r} must be a tuple of positive integers, got {value!r}")
     return tuple(int(s) for s in sizes)
+
+
+def _labels(labels: Any, shape: tuple[int, ...]) -> tuple[str, ...]:
+    """Checked names along the last axis; shape is () where x is a dict."""
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise SimulatorError(f"x_labels must be a list of names, got {labels!r}")
+    names = tuple(labels)
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise SimulatorError(f"x_labels must be names, got {name!r}")
+        if names.count(name) > 1:
+            raise SimulatorError(f"x_labels has {name!r} twice: rename one")
+    if names and shape[-1:] != (len(names),):
+        raise SimulatorError(f"x_labels has {len(names)} names for a last axis of length {shape[-1] if shape else 'none'}")
+    return names
+
+
+def _axis(axis: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[float, ...]]:
+    """Checked (name, values) along the first axis of x, or of one of its arrays at least."""
+    if axis is None:
+        return ("", ())
+    try:
+        name, values = axis
+        values = tuple(float(v) for v in values)
+    except (TypeError, ValueError):
+        raise SimulatorError(f"x_axis must be (name, values), such as (\"time [s]\", times), got {axis!r}") from None
+    if not isinstance(name, str) or not np.isfinite(values).all():
+        raise SimulatorError("x_axis must be a name and finite values")
+    lengths = sorted({shape[0] for shape in shapes.values() if shape})
+    if values and len(values) not in lengths:
+        raise SimulatorError(f"x_axis has {len(values)} values for a first axis of length "
+                             f"{' or '.join(map(str, lengths)) or 'none'}")
+    return (name, values)
 
 
 def _real(value: Any, name: str) -> NDArray[Any]:
@@ -189,16 +223,18 @@ def read_observation(path: str | Path, spec: ObservationSpec) -> Any:
     path = Path(path)
     if not path.is_file():
         raise ObservationError(f"no observation file at {path}")
-    reader = {".npy": _read_npy, ".npz": _read_npz, ".csv": _read_csv, ".h5": _read_hdf5, ".hdf5": _read_hdf5}.get(path.suffix.lower())
+    reader = _READERS.get(path.suffix.lower())
     if reader is None:
-        raise ObservationError(f"{path}: an observation is read from .npy, .npz, .csv or .h5, not {path.suffix or 'a file without a suffix'}")
+        raise ObservationError(f"{path}: an observation is read from .npy, .npz, .csv or .h5, "
+                               f"not {path.suffix or 'a file without a suffix'}")
     try:
         x = reader(path, spec)
         spec.batch(x)
     except ObservationError as error:
         raise ObservationError(f"{path}: {error}") from None
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError) as error:
-        raise ObservationError(f"{path} cannot be read as {path.suffix}: {str(error).splitlines()[0] if str(error) else error!r}") from None
+    except _UNREADABLE as error:
+        reason = str(error).splitlines()[0] if str(error) else repr(error)
+        raise ObservationError(f"{path} cannot be read as {path.suffix}: {reason}") from None
     return x
 
 
@@ -239,25 +275,30 @@ def _read_csv(path: Path, spec: ObservationSpec) -> Any:
     if not spec.plain:
         raise ObservationError(f"x is a dict with {', '.join(spec.shapes)}: give an .npz or .h5 with arrays of these names")
     with path.open(newline="", encoding="utf-8-sig") as lines:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(line for line in lines if line.strip() and not line.lstrip().startswith("#"))]
+        wanted = (line for line in lines if line.strip() and not line.lstrip().startswith("#"))
+        rows = [[cell.strip() for cell in row] for row in csv.reader(wanted)]
     if not rows:
         raise ObservationError("the file has no values")
     header = None if all(_is_number(cell) for cell in rows[0]) else rows.pop(0)
+    if not rows:
+        raise ObservationError("the file has a header and no values")
     if len({len(row) for row in rows}) > 1:
         raise ObservationError("its rows have different numbers of columns")
     bad = next(((i, cell) for i, row in enumerate(rows) for cell in row if not _is_number(cell)), None)
     if bad:
         raise ObservationError(f"data row {bad[0] + 1} holds {bad[1]!r}, which is not a number")
     table = np.array(rows, float)
+    if header and len(header) != table.shape[1]:
+        raise ObservationError(f"its header names {len(header)} columns, its rows have {table.shape[1]}")
     if header and spec.labels:
         missing = [name for name in spec.labels if name not in header]
         if missing:
             raise ObservationError(f"has no column {', '.join(missing)}; its header is {', '.join(header)}")
         table = table[:, [header.index(name) for name in spec.labels]]
     shape = spec.shapes["x"]
-    if len(shape) == 1 and table.shape in ((shape[0], 1), (1, shape[0])):
+    if len(shape) < 2 and table.size == math.prod(shape):  # one observation, as a row or a column
         return table.reshape(shape)
-    return table
+    return table if shape else table.reshape(-1)
 
 
 def _is_number(cell: str) -> bool:
@@ -266,3 +307,7 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+_READERS = {".npy": _read_npy, ".npz": _read_npz, ".csv": _read_csv, ".h5": _read_hdf5, ".hdf5": _read_hdf5}
+_UNREADABLE = (OSError, ValueError, KeyError, EOFError, RuntimeError, MemoryError, csv.Error, zipfile.BadZipFile, zlib.error)

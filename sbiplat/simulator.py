@@ -15,14 +15,13 @@ dynamic contract (`check`) runs before a bank is begun and under `sbiplat simula
 
 from __future__ import annotations
 
-import ast
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -35,9 +34,11 @@ from numpy.typing import NDArray
 from sbiplat.errors import ObservationError, SimulatorError
 from sbiplat.observation import Fields, ObservationSpec
 from sbiplat.prior import Prior
+from sbiplat.source import source_digest
 
 ENTRY_POINTS = "sbiplat.simulators"
 _registered: dict[str, Simulator] = {}
+_ambiguous: dict[str, set[str]] = {}  # name -> the places of the different functions that claim it
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +73,7 @@ class Simulator:
         if self.batched:
             fields = self.conform(self(theta, rngs[0]), (len(theta),))
             return [{k: v[i] for k, v in fields.items()} for i in range(len(theta))]
-        return [self.conform(self(t, rng)) for t, rng in zip(theta, rngs, strict=True)]
+        return [_copied(self.conform(self(t, rng))) for t, rng in zip(theta, rngs, strict=True)]
 
     def conform(self, x: Any, lead: tuple[int, ...] = ()) -> Fields:
         """x as the bank stores it; a `SimulatorError` that names the mend where it is not as declared."""
@@ -114,7 +115,7 @@ def simulator(
     def register(function: Callable[..., Any]) -> Simulator:
         if not callable(function):
             raise SimulatorError(f"@sp.simulator decorates a function (theta, rng) -> x, got {function!r}")
-        own_name = name or getattr(function, "__name__", "simulator")
+        own_name = name or getattr(_innermost(function), "__name__", type(function).__name__)
         try:
             inspect.signature(function).bind(None, None)
         except TypeError:
@@ -124,13 +125,46 @@ def simulator(
             pass  # a compiled callable without a signature
         made = Simulator(function, own_name, prior, x, batched, citation, log_likelihood, posterior_log_prob, posterior_sampler,
                          address(function))
-        _registered[own_name] = made
+        _register(made)
         return made
 
     return register
 
 
+def _copied(fields: Fields) -> Fields:
+    """The same values in memory of their own: a simulator may fill one buffer again and again."""
+    return {name: values.copy() for name, values in fields.items()}
+
+
+def _innermost(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside partials and wrappers."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return inspect.unwrap(function)
+
+
 # ---------------------------------------------------------------------------------------------------- the registry
+
+
+def _register(made: Simulator) -> None:
+    """Enter a simulator under its name. The same function again (a notebook's cell, a reload) replaces the former."""
+    former = _registered.get(made.name)
+    if former is not None and not _places(former.function) & _places(made.function):
+        _ambiguous.setdefault(made.name, {_place(former.function)}).add(_place(made.function))
+    _registered[made.name] = made
+
+
+def _places(function: Callable[..., Any]) -> set[tuple[str, str]]:
+    """(module, qualified name) and (file, qualified name): functions that share one of them are the same one."""
+    inner = _innermost(function)
+    inner = inner if hasattr(inner, "__qualname__") else type(inner)
+    file = getattr(getattr(inner, "__code__", None), "co_filename", "") or inner.__module__
+    return {(inner.__module__, inner.__qualname__), (file, inner.__qualname__)}
+
+
+def _place(function: Callable[..., Any]) -> str:
+    code = getattr(_innermost(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else repr(function)
 
 
 def available() -> dict[str, str]:
@@ -143,18 +177,14 @@ def resolve(spec: str | Simulator) -> Simulator:
     """The simulator that `spec` names: a registered name, `file.py:object`, or `module:object`."""
     if isinstance(spec, Simulator):
         return spec
-    if ":" in spec:
-        place, _, attribute = spec.rpartition(":")
-        module = load_file(Path(place)) if place.endswith(".py") else _import(place, spec)
-        found = getattr(module, attribute, None)
-        if not isinstance(found, Simulator):
-            have = [k for k, v in vars(module).items() if isinstance(v, Simulator)]
-            what = "is not decorated with @sp.simulator" if found is not None else "does not exist"
-            raise SimulatorError(f"{attribute!r} in {place} {what}; simulators there: {', '.join(have) or 'none'}")
-        return found
+    if ":" in spec or spec.endswith(".py"):
+        return _resolve_object(spec)
     points = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
     if spec in points:
         return resolve(points[spec].value)
+    if spec in _ambiguous:
+        raise SimulatorError(f"different functions are registered as {spec!r}, at {' and '.join(sorted(_ambiguous[spec]))}; "
+                             "give one another name=, or pass the simulator itself")
     if spec in _registered:
         return _registered[spec]
     known = sorted({*points, *_registered})
@@ -163,22 +193,39 @@ def resolve(spec: str | Simulator) -> Simulator:
     raise SimulatorError(f"no simulator is called {spec!r}; {hint} (or give file.py:object)")
 
 
+def _resolve_object(spec: str) -> Simulator:
+    """The simulator at `file.py:object` or `module:object`."""
+    place, _, attribute = (f"{spec}:" if spec.endswith(".py") else spec).rpartition(":")
+    module = load_file(Path(place)) if place.endswith(".py") else _import(place, spec)
+    have = [k for k, v in vars(module).items() if isinstance(v, Simulator)]
+    if not attribute:
+        raise SimulatorError(f"{spec}: say which object, as {place}:{have[0] if have else 'NAME'}; simulators there: "
+                             f"{', '.join(have) or 'none'}")
+    found = getattr(module, attribute, None)
+    if not isinstance(found, Simulator):
+        what = "is not decorated with @sp.simulator" if found is not None else "does not exist"
+        raise SimulatorError(f"{attribute!r} in {place} {what}; simulators there: {', '.join(have) or 'none'}")
+    return found
+
+
 def _import(module: str, spec: str) -> Any:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name and (module == error.name or module.startswith(error.name + ".")):
-            raise SimulatorError(f"{spec}: there is no module {error.name!r}; give an importable module or path/to/file.py:object") from None
-        raise SimulatorError(f"{spec}: importing {module} failed: {error}") from error
-    except Exception as error:
-        raise SimulatorError(f"{spec}: importing {module} failed: {type(error).__name__}: {error}") from error
+            raise SimulatorError(f"{spec}: there is no module {error.name!r}; "
+                                 "give an importable module or path/to/file.py:object") from None
+        raise SimulatorError(f"{spec}: importing {module} failed: {_one_line(error)}") from error
+    except (Exception, SystemExit) as error:  # the user's own code: anything may come
+        raise SimulatorError(f"{spec}: importing {module} failed: {_one_line(error)}") from error
 
 
 def load_file(path: Path) -> Any:
+    """The module in a user's file, run once a process, with the file's folder on the path meanwhile."""
     path = path.expanduser().resolve()
     if not path.is_file():
         raise SimulatorError(f"no simulator file at {path}")
-    name = f"sbiplat_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem}"
+    name = f"sbiplat_user_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}_{path.stem.replace('.', '_')}"
     if name in sys.modules:
         return sys.modules[name]
     loaded = importlib.util.spec_from_file_location(name, path)
@@ -187,12 +234,21 @@ def load_file(path: Path) -> Any:
     sys.path.insert(0, str(path.parent))  # its neighbours, as if it were run as a script
     try:
         loaded.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the user's own code: anything may come
         del sys.modules[name]
-        raise SimulatorError(f"{path} failed to load: {type(error).__name__}: {error}") from error
+        raise SimulatorError(f"{path} failed to load: {_one_line(error)}") from error
     finally:
-        sys.path.remove(str(path.parent))
+        if str(path.parent) in sys.path:
+            sys.path.remove(str(path.parent))
     return module
+
+
+def _one_line(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says, with its place where it is one of syntax."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError at {Path(error.filename or '').name}, line {error.lineno}: {error.msg}"
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}{text and ': '}{text[:300]}"
 
 
 def address(function: Callable[..., Any]) -> str:
@@ -206,57 +262,9 @@ def address(function: Callable[..., Any]) -> str:
     return f"{module}:{qualname}"
 
 
-def source_digest(function: Callable[..., Any]) -> str:
-    """SHA-256 of a function or class and of all that it uses from its own file; see `_relevant_source`."""
-    return hashlib.sha256(_relevant_source(function).encode()).hexdigest()
-
-
-def _relevant_source(function: Callable[..., Any]) -> str:
-    """The function and every module-level name it uses, transitively, in its own file, as normalised source."""
-    function = inspect.unwrap(function)
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.getmodule(function))))
-        own = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
-    except (OSError, TypeError, SyntaxError, IndexError):
-        code = getattr(function, "__code__", None)
-        return f"{code.co_code.hex()} {code.co_names} {code.co_consts!r}" if code else repr(type(function))
-    table: dict[str, list[ast.stmt]] = {}
-    for statement in tree.body:
-        for name in _defined(statement):
-            table.setdefault(name, []).append(statement)
-    seen: list[ast.stmt] = [own]
-    for statement in seen:  # grows while it is walked
-        if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-            statement.decorator_list = []
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name):
-                seen.extend(s for s in table.get(node.id, []) if s not in seen and getattr(s, "lineno", 0) != 0
-                            and getattr(s, "name", None) != own.name)
-    texts = [ast.unparse(_without_docstrings(s)) for s in seen]
-    return "\n".join([texts[0], *sorted(texts[1:])])
-
-
-def _defined(statement: ast.stmt) -> list[str]:
-    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
-        return [statement.name]
-    if isinstance(statement, ast.Assign | ast.AnnAssign | ast.AugAssign):
-        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
-        return [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-    if isinstance(statement, ast.Import | ast.ImportFrom):
-        return [(a.asname or a.name).split(".")[0] for a in statement.names]
-    return []
-
-
-def _without_docstrings(tree: ast.stmt) -> ast.stmt:
-    for node in ast.walk(tree):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) \
-                and isinstance(body[0].value.value, str):
-            node.body = body[1:] or [ast.Pass()]
-    return tree
-
-
 # ------------------------------------------------------------------------------------------------- contract checks
+
+_TRIED_AT_MOST = 32  # rows, while none is finite
 
 
 @dataclass(frozen=True)
@@ -272,40 +280,65 @@ class CheckResult:
 def check(simulator: Simulator, rows: int = 64, seed: int = 0) -> CheckResult:
     """Run a few rows and hold them against the declaration; raises SimulatorError at the first breach.
 
-    Checked: shape and dtype of x; the same stream gives the same x; theta is not written to; a batched simulator
-    gives one x a row for any B; at least one row is finite. Rows that raise are counted (a bank records them), but all
-    raising is a breach.
+    Checked: shape and dtype of x; the same stream gives the same x; theta is not written to; a batched simulator gives
+    one x a row for every B, and raises for all B or none; at least one row is finite (while none is, up to 32 are
+    tried). Rows that raise are counted; a bank records them. Not checked: whether a batched simulator mixes its rows,
+    which cannot be told from its use of the block's stream.
     """
-    streams = [np.random.SeedSequence(seed, spawn_key=(2**32 - 1, row)) for row in range(rows)]
+    if rows < 1:
+        raise SimulatorError(f"the contract check needs at least 1 row, got {rows}")
+    streams = [np.random.SeedSequence(seed, spawn_key=(2**32 - 1, row)) for row in range(max(rows, _TRIED_AT_MOST))]
     theta = simulator.prior.sample_each([np.random.default_rng(s) for s in streams])
-    sizes = [rows, 1] if simulator.batched and rows > 1 else [rows if simulator.batched else 1]
-    runs = [(theta[:size], streams[0]) for size in sizes] if simulator.batched else list(zip(theta, streams, strict=True))
-    finite = raised = 0
-    first_error = ""
-    for inputs, stream in runs:
-        lead = inputs.shape[:1] if simulator.batched else ()
-        weight = lead[0] if lead else 1
-        given = inputs.copy()
-        try:
-            x = simulator(given, np.random.default_rng(stream))
-        except Exception as error:  # the user's own code: anything may come
-            raised += weight
-            first_error = first_error or f"{type(error).__name__}: {error}"
-            continue
-        fields = simulator.conform(x, lead)
-        if not np.array_equal(given, inputs):
-            raise SimulatorError(f"simulator {simulator.name!r} writes to its theta; work on a copy (theta = theta.copy())")
-        again = simulator.conform(simulator(inputs.copy(), np.random.default_rng(stream)), lead)
-        if any(not np.array_equal(again[k], fields[k], equal_nan=True) for k in fields):
-            raise SimulatorError(f"simulator {simulator.name!r} gives a different x for the same theta and the same stream; "
-                                 "draw all randomness from its rng argument, and none from np.random, random or torch")
-        good = np.ones(lead, bool)
-        for values in fields.values():
-            good = good & np.isfinite(values).reshape(*lead, -1).all(-1)
-        finite += int(good.sum())
-    total = sum(sizes) if simulator.batched else rows
-    if raised == total:
-        raise SimulatorError(f"simulator {simulator.name!r} raised on every one of {total} rows drawn from its prior; first: {first_error}")
+    if simulator.batched:
+        outcomes = {size: _outcome(simulator, theta[:size], streams[0]) for size in (rows, 1)}
+        _same_for_all_sizes(simulator, outcomes)
+        results = list(outcomes.values())
+    else:
+        results = []
+        for t, stream in zip(theta, streams, strict=True):
+            results.append(_outcome(simulator, t, stream))
+            if len(results) >= rows and any(r.finite for r in results):
+                break
+    total, finite, raised = (sum(getattr(r, k) for r in results) for k in ("rows", "finite", "raised"))  # counts as yet
+    error = next((r.first_error for r in results if r.first_error), "")
     if finite == 0:
-        raise SimulatorError(f"simulator {simulator.name!r} gave NaN or infinite x on every one of {total} rows drawn from its prior")
-    return CheckResult(total, finite / total, raised / total, first_error)
+        what = f"raised ({error})" if raised == total else f"{'raised or ' if raised else ''}gave NaN or infinite x"
+        raise SimulatorError(f"simulator {simulator.name!r} {what} on every one of {total} rows drawn from its prior; "
+                             "mend it, or narrow the prior")
+    return CheckResult(total, finite / total, raised / total, error)
+
+
+def _outcome(simulator: Simulator, theta: NDArray[np.float64], stream: np.random.SeedSequence) -> CheckResult:
+    """One call, theta (D,) or (B, D), made twice; the counts of its rows, or the breach."""
+    lead = theta.shape[:-1]
+    count = theta.shape[0] if lead else 1
+    fields, error = _call(simulator, theta, stream)
+    again, _ = _call(simulator, theta, stream)
+    same = fields.keys() == again.keys() and all(np.array_equal(again[k], fields[k], equal_nan=True) for k in fields)
+    if not same:
+        raise SimulatorError(f"simulator {simulator.name!r} gives a different x for the same theta and the same stream; "
+                             "draw all randomness from its rng argument, and none from np.random, random or torch")
+    good = np.full(lead, not error)
+    for values in fields.values():
+        good = good & np.isfinite(values).reshape(*lead, -1).all(-1)
+    return CheckResult(count, int(good.sum()), count if error else 0, error)
+
+
+def _call(simulator: Simulator, theta: NDArray[np.float64], stream: np.random.SeedSequence) -> tuple[Fields, str]:
+    """(x, "") or ({}, what was raised)."""
+    given = theta.copy()
+    try:
+        x = simulator(given, np.random.default_rng(stream))
+    except (Exception, SystemExit) as error:  # the user's own code: anything may come
+        return {}, _one_line(error)
+    if not np.array_equal(given, theta):
+        raise SimulatorError(f"simulator {simulator.name!r} writes to its theta; work on a copy (theta = theta.copy())")
+    return _copied(simulator.conform(x, theta.shape[:-1])), ""
+
+
+def _same_for_all_sizes(simulator: Simulator, outcomes: Mapping[int, CheckResult]) -> None:
+    raising = [size for size, result in outcomes.items() if result.raised]
+    if raising and len(raising) < len(outcomes):
+        size = raising[0]
+        raise SimulatorError(f"simulator {simulator.name!r} raised for theta of shape ({size}, {simulator.prior.dim}) but not for "
+                             f"another size: {outcomes[size].first_error}; take any number of rows, and give NaN where one fails")

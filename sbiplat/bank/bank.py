@@ -10,9 +10,11 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +26,10 @@ from numpy.typing import NDArray
 
 from sbiplat import files
 from sbiplat.bank import farm, index, segment
-from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header
+from sbiplat.bank.farm import one_fate, together
+from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header, pieces
 from sbiplat.bank.segment import Opened, Segment, dataset_names, row_shapes
-from sbiplat.errors import BankError, SettingError, UserError
+from sbiplat.errors import BankError, SettingError
 from sbiplat.progress import Progress, silent
 from sbiplat.simulator import Simulator, check, resolve
 
@@ -51,6 +54,7 @@ class Bank:
     def __init__(self, path: Path, header: Header, opened: list[Opened]) -> None:
         self.path, self.header, self._opened = path, header, opened
         self._parts, self.gaps = index.cover(opened, header.rows)
+        self._firsts = [first for _, first, _ in self._parts]
 
     @classmethod
     def open(cls, path: str | Path) -> Bank:
@@ -85,15 +89,16 @@ class Bank:
         """This bank, or a BankError that says how much of it is missing and the mend."""
         if self.gaps:
             first, stop = self.gaps[0]
-            raise BankError(f"bank {self.path} lacks {self.rows - self.present} of its {self.rows} rows (rows {first} to {stop - 1} "
-                            f"first); run the same `sbiplat simulate {self.header.simulator['name']} --n {self.rows} "
+            raise BankError(f"bank {self.path} lacks {self.rows - self.present} of its {self.rows} rows (first rows {first} to "
+                            f"{stop - 1}); run the same `sbiplat simulate {self.header.simulator['name']} --n {self.rows} "
                             f"--seed {self.header.seed} --out {self.path}` to fill it")
         return self
 
     def first(self, rows: int) -> Bank:
         """The same bank as it was when it had only `rows` rows."""
         if rows > self.rows:
-            raise BankError(f"bank {self.path} has {self.rows} rows, {rows} are needed; extend it with sbiplat simulate --n {rows}")
+            raise BankError(f"bank {self.path} has {self.rows} rows, {rows} are needed; extend it with "
+                            f"sbiplat simulate --n {rows}")
         return Bank(self.path, self.header.with_rows(rows), self._opened)
 
     @property
@@ -121,19 +126,27 @@ class Bank:
     def read(self, first: int, stop: int) -> dict[str, NDArray[Any]]:
         """Rows first..stop-1 by ordinary file reads (no mapped pages stay behind): dataset -> array."""
         self.require_complete()
-        slabs = [self._slab(p, max(a, first), min(b, stop), list(row_shapes(self.header)))
-                 for p, a, b in self._parts if a < stop and b > first]
-        return {name: np.concatenate([s[name] for s in slabs]) for name in slabs[0]}
+        out = {name: np.empty((stop - first, *shape), dtype) for name, (shape, dtype) in row_shapes(self.header).items()}
+        nearest = max(bisect_right(self._firsts, first) - 1, 0)
+        for part, a, b in self._parts[nearest:bisect_left(self._firsts, stop)]:
+            a, b = max(a, first), min(b, stop)
+            for name, values in self._slab(part, a, b, list(out)).items():
+                out[name][a - first:b - first] = values
+        return out
 
     def at(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The given rows, in the given order, through memory maps: dataset -> array."""
         self.require_complete()
+        rows = np.asarray(rows, np.int64)
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
+            raise IndexError(f"bank {self.path} has rows 0 to {self.rows - 1}")
         out = {name: np.empty((len(rows), *shape), dtype) for name, (shape, dtype) in row_shapes(self.header).items()}
-        for part, first, stop in self._parts:
-            here = np.flatnonzero((rows >= first) & (rows < stop))
-            if len(here):
-                for name, values in part.map(self.header).items():
-                    out[name][here] = values[rows[here] - part.segment.first]
+        which = np.searchsorted(self._firsts, rows, "right") - 1
+        order = np.argsort(which, kind="stable")
+        for here in np.split(order, np.flatnonzero(np.diff(which[order])) + 1) if len(rows) else ():
+            part = self._parts[which[here[0]]][0]
+            for name, values in part.map(self.header).items():
+                out[name][here] = values[rows[here] - part.segment.first]
         return out
 
     def _slab(self, part: Opened, first: int, stop: int, names: list[str]) -> dict[str, NDArray[Any]]:
@@ -176,8 +189,11 @@ class Bank:
             yield first, stop, stored.get((first, stop))
 
     def _block_digest(self, first: int, stop: int) -> bytes:
-        data = self.read(first, stop)
-        return segment.block_digest(data["theta"], {k: data[ds] for k, ds in dataset_names(self.header).items()}, data["status"])
+        return self._digest_of(self.read(first, stop))
+
+    def _digest_of(self, data: dict[str, NDArray[Any]]) -> bytes:
+        x = {name: data[dataset] for name, dataset in dataset_names(self.header).items()}
+        return segment.block_digest(data["theta"], x, data["status"])
 
     def verify(self, progress: Progress = silent) -> list[Problem]:
         """Read every byte and hold it against the stored hashes; returns what is wrong, empty where nothing is."""
@@ -189,16 +205,12 @@ class Bank:
         return problems
 
     def _verify_segment(self, part: Opened) -> list[str]:
-        from sbiplat.bank.layout import pieces
-
         try:
             fresh = part if self.path.is_file() else segment.inspect(part.segment, self.header)
             found = []
             spans = pieces(part.segment.first, part.segment.stop, self.header.block_size)
             for (first, stop), stored in zip(spans, fresh.block_sha256, strict=True):
-                data = self._slab(fresh, first, stop, list(row_shapes(self.header)))
-                arrays = {k: data[ds] for k, ds in dataset_names(self.header).items()}
-                if segment.block_digest(data["theta"], arrays, data["status"]) != stored.tobytes():
+                if self._digest_of(self._slab(fresh, first, stop, list(row_shapes(self.header)))) != stored.tobytes():
                     found.append(f"rows {first} to {stop - 1} do not match their SHA-256: damaged since they were written; "
                                  "delete the file and run the same simulate command again")
             return found
@@ -262,16 +274,39 @@ def _open_packed(path: Path) -> Bank:
     try:
         with h5py.File(path, "r") as file:
             item = file.get("header", getlink=True)
-            if not isinstance(item, h5py.HardLink) or not isinstance(file["header"], h5py.Dataset) or file["header"].shape != ():
+            if not isinstance(item, h5py.HardLink) or getattr(file["header"], "shape", None) != ():
                 raise BankError(f"{path} is not a packed bank")
-            header = Header.from_json(json.loads(file["header"].asstr()[()]), path)
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            header = Header.from_json(dict(json.loads(file["header"].asstr()[()])), path)
+    except segment.DAMAGE as error:
         raise BankError(f"{path} is not a packed bank: {(str(error) or repr(error)).splitlines()[0]}") from None
     # A packed bank holds the rows it shows, no more: it reads as a scalar bank's single segment.
     return Bank(path, header, [segment.inspect(Segment(path, 0, header.rows), header)])
 
 
 # ------------------------------------------------------------------------------------------------------ simulate
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What `simulate` was asked for."""
+
+    simulator: Simulator
+    n: int
+    seed: int
+    out: Path
+    block_size: int | None
+    checked: bool
+    progress: Progress
+
+    @property
+    def header_path(self) -> Path:
+        return self.out / "bank.json"
+
+    def job(self, header: Header) -> farm.Job:
+        return farm.Job(self.simulator, header, self.out / "segments")
+
+
+Gaps = list[tuple[int, int]]
 
 
 def simulate(
@@ -290,95 +325,105 @@ def simulate(
     Local processes run the blocks (`workers`, by default one a core), or the MPI ranks where this program was started
     under mpiexec or srun. `checked=False` leaves out the contract check that runs a few rows before a new bank.
     Raises SimulatorError, BankError, and Stopped after SIGINT or SIGTERM; what was committed is kept in every case.
+    Under MPI rank 0 raises, and the other ranks exit quietly with the same code.
     """
     for name, value, least in (("n", n, 1), ("seed", seed, 0), ("workers", workers, 1), ("block_size", block_size, 1)):
         optional = name in ("workers", "block_size") and value is None
         if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62):
             raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    made = resolve(simulator)
-    out = Path(out)
+    progress = progress or Progress.auto()
     comm = farm.mpi_world()
     if comm is None:
-        return _simulate_here(made, int(n), int(seed), out, workers or farm.available_cores(), block_size, checked, progress or Progress.auto())
-    return _simulate_with(comm, made, int(n), int(seed), out, block_size, checked, progress or Progress.auto())
+        order = _Order(resolve(simulator), int(n), int(seed), Path(out), block_size, checked, progress)
+        return _simulate_here(order, workers or farm.available_cores())
+    with one_fate(comm):
+        made = together(comm, lambda: resolve(simulator))
+        return _simulate_with(comm, _Order(made, int(n), int(seed), Path(out), block_size, checked, progress))
 
 
-def _simulate_here(made: Simulator, n: int, seed: int, out: Path, workers: int, block_size: int | None, checked: bool,
-                   progress: Progress) -> Bank:
-    with _locked(out) as header_path:
-        job, gaps = _prepare(made, n, seed, out, header_path, block_size, checked)
-        with farm.signals.installed(), _shown(progress, job, gaps) as on_receipts:
+def _simulate_here(order: _Order, workers: int) -> Bank:
+    _refuse(order)
+    with _locked(order.out):
+        header, gaps = _prepare(order)
+        blocks = -(-sum(stop - first for first, stop in gaps) // header.block_size)
+        with farm.signals.installed(), _shown(order, gaps) as on_receipts:
             try:
-                farm.run_local(job, gaps, min(workers, max(1, -(-sum(b - a for a, b in gaps) // job.header.block_size))), on_receipts)
+                farm.run_local(order.job(header), gaps, max(1, min(workers, blocks)), on_receipts)
             except farm.Interrupted:
-                raise _stopped(out) from None
-        return _finish(out, job.header)
+                raise _stopped(order.out) from None
+        return _finish(order, header)
 
 
-def _simulate_with(comm: Any, made: Simulator, n: int, seed: int, out: Path, block_size: int | None, checked: bool,
-                   progress: Progress) -> Bank:
-    """The same under MPI: rank 0 prepares and finishes, all ranks run blocks, and an error on one is an error on all."""
-    rank = comm.Get_rank()
-    with _locked(out) if rank == 0 else _nothing(out) as header_path:
-        prepared = together(comm, lambda: _prepare(made, n, seed, out, header_path, block_size, checked) if rank == 0 else None)[0]
-        job, gaps = farm.Job(made, prepared[0].header, prepared[0].folder), prepared[1]
-        with farm.signals.installed(), _shown(progress if rank == 0 else silent, job, gaps) as on_receipts:
-            try:
-                farm.run_mpi(job, gaps, comm, on_receipts)
-            except farm.Interrupted:
-                farm.signals.requested = True
-        if any(comm.allgather(farm.signals.requested)):
-            raise _stopped(out)
-        together(comm, lambda: _finish(out, job.header) if rank == 0 else None)
-    return Bank.open(out)
+def _simulate_with(comm: Any, order: _Order) -> Bank:
+    """The same under MPI: rank 0 holds the lock, prepares and finishes; all ranks run blocks."""
+    root = comm.Get_rank() == 0
+    with ExitStack() as held:
+        def prepare() -> tuple[dict[str, Any], Gaps]:
+            _refuse(order)
+            held.enter_context(_locked(order.out))
+            header, gaps = _prepare(order)
+            return header.to_json(), gaps
+
+        description, gaps = comm.bcast(together(comm, lambda: prepare() if root else None))
+        header = Header.from_json(description, order.header_path)
+        together(comm, lambda: _same_code(comm, order, header))
+        with farm.signals.installed(), _shown(order if root else replace(order, progress=silent), gaps) as on_receipts:
+            farm.run_mpi(order.job(header), gaps, comm, on_receipts)
+            stopped = any(comm.allgather(farm.signals.requested))
+
+        def finish() -> None:
+            if stopped:
+                raise _stopped(order.out)
+            _finish(order, header)
+
+        together(comm, lambda: finish() if root else None)
+    return together(comm, lambda: Bank.open(order.out))
 
 
-def together(comm: Any, function: Any) -> list[Any]:
-    """Run `function` on every rank; if any raises a UserError, all raise the first. Returns every rank's result.
-
-    Jobs carry a simulator, which need not travel: its place is taken by None.
-    """
-    try:
-        result, error = function(), None
-    except UserError as problem:
-        result, error = None, problem
-    if isinstance(result, tuple) and isinstance(result[0], farm.Job):
-        result = (replace(result[0], simulator=None), result[1])
-    if isinstance(result, Bank):
-        result = None
-    outcomes = comm.allgather((result, error))
-    for _, problem in outcomes:
-        if problem is not None:
-            raise problem
-    return [value for value, _ in outcomes]
+def _same_code(comm: Any, order: _Order, header: Header) -> None:
+    if Header.of(order.simulator, order.seed, header.rows, header.block_size).uid != header.uid:
+        raise BankError(f"rank {comm.Get_rank()} on {socket.gethostname()} has another version of simulator "
+                        f"{order.simulator.name!r} than rank 0; give all nodes the same code")
 
 
-def _prepare(made: Simulator, n: int, seed: int, out: Path, header_path: Path, block_size: int | None,
-             checked: bool) -> tuple[farm.Job, list[tuple[int, int]]]:
-    """The job and the row ranges still to simulate; makes the bank's header where there is none."""
-    folder = out / "segments"
-    if header_path.exists():
+def _refuse(order: _Order) -> None:
+    """Refuse a place that is no bank's, and a simulator that breaks its contract, before anything is made."""
+    out = order.out
+    if out.exists() and not out.is_dir():
+        raise BankError(f"{out} is a file, and a bank grows in a directory (a packed one cannot be extended); "
+                        "give another --out")
+    known = order.header_path.exists()
+    if out.is_dir() and not known and any(entry.name not in ("lock", "segments") for entry in out.iterdir()):
+        raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
+    if order.checked and not known:
+        check(order.simulator, rows=2)
+
+
+def _prepare(order: _Order) -> tuple[Header, Gaps]:
+    """The header and the row ranges still to simulate; makes the bank's header where there is none."""
+    out, folder = order.out, order.out / "segments"
+    if order.header_path.exists():
         old = _read_header(out)
-        wanted = Header.of(made, seed, n, block_size or old.block_size)
+        wanted = Header.of(order.simulator, order.seed, order.n, order.block_size or old.block_size)
         old.check_same(wanted, out)
-        header = replace(wanted, rows=max(n, old.rows), versions=old.versions, created=old.created)
-        if header.rows != old.rows:
-            files.write_json(header_path, header.to_json())
-        for left in folder.glob(".tmp-*"):  # under the lock no other writer has them
+        header = replace(wanted, rows=max(order.n, old.rows), versions=old.versions, created=old.created)
+        if order.n < old.rows:
+            order.progress.say(f"{out} has {old.rows} rows already; all are kept (--n {order.n} asks for fewer)")
+        if order.n > old.rows:
+            files.write_json(order.header_path, header.to_json())
+        for left in (*out.glob(".tmp-*"), *folder.glob(".tmp-*")):  # under the lock no other writer has them
             left.unlink(missing_ok=True)
     else:
-        if checked:
-            check(made, rows=2)
-        header = Header.of(made, seed, n, block_size)
-        with files.disk_errors(header_path):
+        header = Header.of(order.simulator, order.seed, order.n, order.block_size)
+        with files.disk_errors(order.header_path):
             folder.mkdir(exist_ok=True)
-        files.write_json(header_path, header.to_json())
+        files.write_json(order.header_path, header.to_json())
     opened = index.open_segments(folder, header, index.read(out / "bank.h5", header))
-    _, gaps = index.cover(opened, header.stored_rows)
-    return farm.Job(made, header, folder), gaps
+    return header, index.cover(opened, header.stored_rows)[1]
 
 
-def _finish(out: Path, header: Header) -> Bank:
+def _finish(order: _Order, header: Header) -> Bank:
+    out = order.out
     opened = index.open_segments(out / "segments", header, index.read(out / "bank.h5", header))
     index.write(out / "bank.h5", header, opened)
     return Bank(out, header, opened).require_complete()
@@ -390,10 +435,11 @@ def _stopped(out: Path) -> farm.Stopped:
 
 
 @contextmanager
-def _shown(progress: Progress, job: farm.Job, gaps: list[tuple[int, int]]) -> Iterator[Any]:
+def _shown(order: _Order, gaps: Gaps) -> Iterator[Any]:
     """Progress over the rows of the gaps; yields what takes the receipts."""
     failures: Counter[str] = Counter()
-    with progress.task(f"simulate {job.simulator.name}", sum(b - a for a, b in gaps)) as advance:
+    total = sum(stop - first for first, stop in gaps)
+    with order.progress.task(f"simulate {order.simulator.name}", total) as advance:
         def on_receipts(receipts: list[farm.Receipt]) -> None:
             for receipt in receipts:
                 failures.update({n: receipt.status[code] for n, code in STATUS.items() if code and receipt.status[code]})
@@ -402,17 +448,8 @@ def _shown(progress: Progress, job: farm.Job, gaps: list[tuple[int, int]]) -> It
 
 
 @contextmanager
-def _nothing(out: Path) -> Iterator[Path]:
-    yield out / "bank.json"
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[Path]:
-    """Make the bank's directory and hold its lock; yields the header's path."""
-    if out.exists() and not out.is_dir():
-        raise BankError(f"{out} is a file; give the bank another --out")
-    if out.is_dir() and any(out.iterdir()) and not (out / "bank.json").exists() and not (out / "lock").exists():
-        raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
+def _locked(out: Path) -> Iterator[None]:
+    """Make the bank's directory and hold its lock."""
     with files.disk_errors(out / "lock"):
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -423,6 +460,6 @@ def _locked(out: Path) -> Iterator[Path]:
             raise BankError(f"another process is filling {out}; wait for it, or stop it first") from None
         except OSError:
             pass  # a file system without locks: the user answers for running one job a bank
-        yield out / "bank.json"
+        yield
     finally:
         os.close(handle)

@@ -5,7 +5,8 @@ end of the run, after 64 MB or after 60 s, whichever comes first; only the row n
 are handed out large at first and smaller towards the end, so that segments are few and workers finish together.
 
 SIGINT and SIGTERM stop cleanly: the block under way is dropped, finished ones are committed, and the same command
-resumes. Nothing here imports torch.
+resumes. Workers end with the process that started them, however it ends. Under MPI all ranks share one fate: a mistake
+that one rank finds is told once and ends all, and any other error aborts the job at once. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
@@ -34,6 +35,7 @@ from sbiplat.errors import BankError, SimulatorError, UserError
 from sbiplat.simulator import Simulator
 
 COMMIT_SECONDS = 60.0
+T = TypeVar("T")
 
 
 class Interrupted(BaseException):
@@ -83,10 +85,10 @@ class Signals:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        if self.requested:
-            raise Interrupted
-        self._interruptible = True
+        self._interruptible = True  # first: a signal that comes between these lines is not missed
         try:
+            if self.requested:
+                raise Interrupted
             yield
         finally:
             self._interruptible = False
@@ -102,7 +104,7 @@ class Signals:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 signals = Signals()
@@ -126,7 +128,7 @@ def simulate_rows(simulator: Simulator, header: Header, first: int, stop: int) -
         try:
             for name, values in simulator.conform(simulator(inputs.copy(), rng), lead).items():
                 x[name][where] = values
-        except Exception as error:  # the user's own code: anything may come
+        except (Exception, SystemExit) as error:  # the user's own code: anything may come
             status[where] = STATUS["raised"]
             text = str(error) if isinstance(error, SimulatorError) else f"{type(error).__name__}: {error}"
             messages[first + (where if isinstance(where, int) else 0)] = text.replace("\n", " ")
@@ -169,13 +171,20 @@ def fill(first: int, stop: int) -> list[Receipt]:
     return done
 
 
-def _start_worker(job: Job, pids: Any) -> None:
+def _start_worker(job: Job) -> None:
     global _job
     _job = job
-    signals.requested = False
-    pids.put(os.getpid())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if "torch" in sys.modules:  # forked from a process that has torch: its thread pool did not come along
         sys.modules["torch"].set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """An orphan would hold the bank's lock for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 # ------------------------------------------------------------------------------------------------------- executors
@@ -233,7 +242,7 @@ def dispatch(
             collect(done)
     except Interrupted:
         on_stop()
-        collect(wait(pending).done)
+        collect(wait({future for future in pending if not future.cancel()}).done)
         raise
     except BaseException:
         for future in pending:
@@ -249,23 +258,22 @@ def run_local(job: Job, gaps: list[tuple[int, int]], workers: int, on_receipts: 
     if workers == 1:
         dispatch(_Here(), tasks, 1, on_receipts)
         return
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("fork" if "fork" in methods else None)
-    pids = context.SimpleQueue()
+    others = set(multiprocessing.active_children())
 
     def stop_workers() -> None:
-        while not pids.empty():
-            try:
-                os.kill(pids.get(), signal.SIGINT)
-            except ProcessLookupError:
-                continue
+        for process in set(multiprocessing.active_children()) - others:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGINT)
 
-    with ProcessPoolExecutor(workers, context, _start_worker, (job, pids)) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (job,)) as pool:
         try:
             dispatch(pool, tasks, 2 * workers, on_receipts, stop_workers)
         except BrokenProcessPool:
-            raise BankError(f"a worker process died while it ran simulator {job.simulator.name!r} (a crash in compiled code, or "
-                            "killed for memory); committed rows are kept, the same command resumes") from None
+            raise BankError(f"a worker process died while it ran simulator {job.simulator.name!r} (a crash in compiled code, "
+                            "or killed for memory); committed rows are kept, the same command resumes") from None
+
+
+# ------------------------------------------------------------------------------------------------------------- MPI
 
 
 def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Callable[[list[Receipt]], None]) -> None:
@@ -280,29 +288,76 @@ def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Calla
                 workers = comm.Get_size() - 1
                 dispatch(executor, spans(gaps, job.header, workers), 2 * workers, on_receipts)
     except Interrupted:
+        signals.requested = True
+    except BaseException as error:
+        abort(comm, error)
+
+
+def together(comm: Any, function: Callable[[], T]) -> T:
+    """Run `function` on every rank and return this rank's result; where one raises a UserError, all end with the first.
+
+    Rank 0 raises it, and the others leave quietly with its exit code, so that it is told once.
+    """
+    result: Any = None
+    mistake = None
+    try:
+        result = function()
+    except UserError as error:
+        mistake = error
+    except BaseException as error:
+        abort(comm, error)
+    found = next((m for m in comm.allgather(mistake) if m is not None), None)
+    if found is None:
+        return result
+    if comm.Get_rank() == 0:
+        raise found
+    raise SystemExit(found.exit_code)
+
+
+@contextmanager
+def one_fate(comm: Any) -> Iterator[None]:
+    """End the whole job with any error that did not come through `together`: other ranks may wait for this one."""
+    try:
+        yield
+    except (UserError, SystemExit):
         raise
     except BaseException as error:
-        line = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        print(f"error: {line}", file=sys.stderr, flush=True)  # noqa: T201 - the job ends here, with its message
-        comm.Abort(getattr(error, "exit_code", 1))
+        abort(comm, error)
+
+
+def abort(comm: Any, error: BaseException) -> NoReturn:
+    """One line, and the end of all ranks."""
+    text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)  # noqa: T201 - the job ends here
+    comm.Abort(getattr(error, "exit_code", 1))
+    raise error  # where a communicator's Abort returns
 
 
 def mpi_world() -> Any | None:
-    """COMM_WORLD where this process is one of several MPI ranks, else None; mpi4py is imported only then."""
-    launched = any(int(os.environ.get(key, "1")) > 1 for key in ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-                   if os.environ.get(key, "1").isdigit())
-    step_tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
-    if not launched and step_tasks <= 1:
+    """COMM_WORLD where this process is one of several MPI ranks, else None; mpi4py is imported only then.
+
+    The launcher's own word counts, and Slurm's only without one: mpiexec inside Slurm starts its proxies as a step.
+    """
+    launchers = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+    ranks = next((count for count in map(_count, launchers) if count), 1)
+    if ranks == 1:
         return None
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        raise BankError(f"started as one of several MPI ranks, but mpi4py does not work here ({str(error).splitlines()[0]}); "
+        raise BankError(f"started as one of {ranks} MPI ranks, but mpi4py does not work here ({str(error).splitlines()[0]}); "
                         "pip install 'sbiplat[mpi]'") from None
     comm = MPI.COMM_WORLD
-    if step_tasks > 1 and comm.Get_size() != step_tasks:
-        raise BankError(f"Slurm started {step_tasks} tasks, but MPI joins {comm.Get_size()} of them; use srun --mpi=pmi2")
-    return comm if comm.Get_size() > 1 else None
+    if comm.Get_size() != ranks:
+        raise BankError(f"{ranks} tasks were started, but MPI joins {comm.Get_size()} of them; use the mpiexec of the MPI "
+                        "library that mpi4py uses, or srun --mpi=pmi2")
+    return comm
+
+
+def _count(variable: str) -> int:
+    """A number of ranks from the environment, 0 where there is none."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else 0
 
 
 def available_cores() -> int:

@@ -7,6 +7,7 @@ a segment whose size is not the remembered one is inspected anew. The index is a
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 
 from sbiplat import files
 from sbiplat.bank import segment
-from sbiplat.bank.layout import MISSING, Header, pieces
+from sbiplat.bank.layout import MISSING, Header
 from sbiplat.bank.segment import Opened, Segment, row_shapes
 
 Cover = list[tuple[Opened, int, int]]  # (segment, first, stop): the segment answers for rows first..stop-1
@@ -65,38 +66,43 @@ def write(path: Path, header: Header, opened: list[Opened]) -> None:
         group["block_sha256"] = np.concatenate([np.zeros((0, 32), np.uint8), *(o.block_sha256 for o in opened)])
 
 
-def read(path: Path, header: Header) -> dict[tuple[int, int, int], tuple[dict[str, int], NDArray[np.uint8]]]:
-    """(first, stop, bytes) -> what the index remembers of that segment; empty where it is absent, damaged or of another bank."""
-    names = list(row_shapes(header))
+Remembered = dict[tuple[int, int, int], tuple[dict[str, int], NDArray[np.uint8]]]
+_COLUMNS = ("first", "stop", "bytes", "offsets", "block_sha256")
+
+
+def read(path: Path, header: Header) -> Remembered:
+    """(first, stop, bytes) -> what the index remembers of that segment; empty where it is absent, damaged or another bank's."""
     try:
         with h5py.File(path, "r") as file:
-            if file.attrs.get("bank_uid") != header.uid:
+            group, limit = file["segments"], path.stat().st_size
+            own = all(isinstance(group.get(k, getlink=True), h5py.HardLink) and group[k].nbytes <= limit
+                      and not group[k].is_virtual and not group[k].external for k in _COLUMNS)
+            if not own or file.attrs.get("bank_uid") != header.uid:
                 return {}
-            group = file["segments"]
-            limit = path.stat().st_size
-            if any(not isinstance(group.get(k, getlink=True), h5py.HardLink) or group[k].nbytes > limit or group[k].is_virtual
-                   for k in ("first", "stop", "bytes", "offsets", "block_sha256")):
-                return {}
-            columns = {k: group[k][()] for k in ("first", "stop", "bytes", "offsets", "block_sha256")}
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError):
+            return _remembered(header, *(group[k][()] for k in _COLUMNS))
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, IndexError, MemoryError):
         return {}
-    found: dict[tuple[int, int, int], Any] = {}
+
+
+def _remembered(header: Header, firsts: Any, stops: Any, sizes: Any, offsets: Any, hashes: Any) -> Remembered:
+    """The columns as records, less those that cannot be."""
+    shapes = row_shapes(header)
+    found: Remembered = {}
     at = 0
-    for first, stop, size, offsets in zip(*(columns[k] for k in ("first", "stop", "bytes", "offsets")), strict=True):
-        count = len(pieces(int(first), int(stop), header.block_size))
-        ends = [int(o) + dtype.itemsize * int(stop - first) * int(np.prod(shape, dtype=object))
-                for o, (shape, dtype) in zip(offsets, row_shapes(header).values(), strict=True)]
-        if min(offsets) >= 0 and max(ends) <= size:
-            found[int(first), int(stop), int(size)] = (dict(zip(names, map(int, offsets), strict=True)),
-                                                       columns["block_sha256"][at:at + count])
+    for first, stop, size, places in zip(firsts.tolist(), stops.tolist(), sizes.tolist(), offsets.tolist(), strict=True):
+        count = segment.blocks_of(Segment(Path(), first, stop), header)
+        ends = [place + dtype.itemsize * (stop - first) * math.prod(shape)
+                for place, (shape, dtype) in zip(places, shapes.values(), strict=True)]
+        if 0 <= first < stop and min(places) >= 0 and max(ends) <= size and at + count <= len(hashes):
+            found[first, stop, size] = (dict(zip(shapes, places, strict=True)), hashes[at:at + count])
         at += count
     return found
 
 
-def open_segments(folder: Path, header: Header, remembered: dict[tuple[int, int, int], Any]) -> list[Opened]:
-    """Every segment of the folder in the right form, from memory where it is unchanged; raises BankError at the first that is not."""
+def open_segments(folder: Path, header: Header, remembered: Remembered) -> list[Opened]:
+    """Every segment of the folder, from memory where its size is the remembered one; raises BankError at the first bad one."""
     opened = []
     for item in segment.listing(folder):
         known = remembered.get((item.first, item.stop, os.stat(item.path).st_size))
-        opened.append(Opened(Segment(item.path, item.first, item.stop), *known) if known else segment.inspect(item, header))
+        opened.append(Opened(item, *known) if known else segment.inspect(item, header))
     return opened

@@ -17,13 +17,14 @@ import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sbiplat import files
-from sbiplat.errors import BankError, PriorError, SimulatorError
+from sbiplat.errors import BankError, PriorError, SimulatorError, UserError
 from sbiplat.observation import ObservationSpec
 from sbiplat.prior import Prior
 from sbiplat.simulator import Simulator
@@ -106,8 +107,8 @@ class Header:
                 raise ValueError("block_size and rows must be positive")
             return cls(simulator, bool(data["batched"]), Prior.from_json(data["prior"]), ObservationSpec.from_json(data["x"]),
                        **numbers, versions={str(k): str(v) for k, v in data["versions"].items()}, created=str(data["created"]))
-        except (KeyError, TypeError, ValueError, AttributeError, PriorError, SimulatorError) as error:
-            raise BankError(f"{where} is damaged: {error!r}") from None
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PriorError, SimulatorError) as error:
+            raise BankError(f"{where} is damaged: {str(error) if isinstance(error, UserError) else repr(error)}") from None
 
     def check_same(self, other: Header, where: Path) -> None:
         """Refuse to add rows of `other` to the bank of this header, saying what differs and the mend."""
@@ -148,7 +149,7 @@ def streams(header: Header, first: int, stop: int) -> list[np.random.Generator]:
 def pieces(first: int, stop: int, block_size: int) -> list[tuple[int, int]]:
     """The row ranges into which block boundaries cut first..stop."""
     cuts = [first, *range((first // block_size + 1) * block_size, stop, block_size), stop]
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(pairwise(cuts))
 
 
 def default_rows_per_segment(header: Header, target_bytes: int = 64 * 2**20) -> int:

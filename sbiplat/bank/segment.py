@@ -46,10 +46,6 @@ class Rows:
     def __len__(self) -> int:
         return len(self.status)
 
-    @property
-    def nbytes(self) -> int:
-        return self.theta.nbytes + sum(v.nbytes for v in self.x.values()) + self.status.nbytes
-
     @staticmethod
     def join(parts: list[Rows]) -> Rows:
         """Consecutive parts as one."""
@@ -116,7 +112,8 @@ def row_shapes(header: Header) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]
 def commit(folder: Path, header: Header, rows: Rows) -> Segment:
     """Write rows as one segment: temporary file, flush, fsync, rename."""
     segment = Segment(folder / name_of(rows.first, rows.first + len(rows)), rows.first, rows.first + len(rows))
-    with files.disk_errors(segment.path, lambda: "; what was committed before is kept"), files.atomic_path(segment.path) as temporary:
+    kept = "; what was committed before is kept"
+    with files.disk_errors(segment.path, lambda: kept), files.atomic_path(segment.path) as temporary:
         write(temporary, header, rows)
     return segment
 
@@ -159,6 +156,10 @@ class Opened:
                 for name, (shape, dtype) in row_shapes(header).items()}
 
 
+# What h5py may raise where a file is damaged, whatever the damage.
+DAMAGE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
+
+
 def inspect(segment: Segment, header: Header) -> Opened:
     """Open a segment and check its form; raises BankError that says what is wrong with which file."""
     path = segment.path
@@ -171,27 +172,33 @@ def inspect(segment: Segment, header: Header) -> Opened:
                 raise BankError(f"{path} holds other rows than its name says; it was renamed")
             offsets = {name: _contiguous(file, name, (len(segment), *shape), dtype, size, path)
                        for name, (shape, dtype) in row_shapes(header).items()}
-            blocks = len(pieces(segment.first, segment.stop, header.block_size))
-            _contiguous(file, "block_sha256", (blocks, 32), np.dtype("u1"), size, path)
+            _contiguous(file, "block_sha256", (blocks_of(segment, header), 32), np.dtype("u1"), size, path)
             return Opened(segment, offsets, file["block_sha256"][()])
-    except BankError:
-        raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        raise BankError(f"{path} is damaged: {_first_line(error)}") from None
+    except DAMAGE as error:
+        raise BankError(f"{path} is damaged: {_first_line(error)}; delete it and run the same simulate command again") from None
+
+
+def blocks_of(segment: Segment, header: Header) -> int:
+    """How many blocks a segment holds rows of."""
+    return (segment.stop - 1) // header.block_size - segment.first // header.block_size + 1
 
 
 def facts(segment: Segment) -> tuple[NDArray[np.float32], dict[int, str]]:
     """Seconds of each row, and messages of failed rows; empty where they cannot be read (no result depends on them)."""
+    path = segment.path
     try:
-        size = segment.path.stat().st_size
-        with h5py.File(segment.path, "r") as file:
-            _contiguous(file, "seconds", (len(segment),), np.dtype("<f4"), size, segment.path)
+        size = path.stat().st_size
+        with h5py.File(path, "r") as file:
+            _contiguous(file, "seconds", (len(segment),), np.dtype("<f4"), size, path)
             messages = {}
             if "failures" in file:
-                rows, texts = file["failures/row"][:_MAX_MESSAGES], file["failures/message"][:_MAX_MESSAGES]
+                count = min(file["failures/row"].shape[0], _MAX_MESSAGES)
+                _contiguous(file, "failures/row", (count,), np.dtype("<i8"), size, path)
+                _contiguous(file, "failures/message", (count,), np.dtype(f"S{_MESSAGE_BYTES}"), size, path)
+                rows, texts = file["failures/row"][()], file["failures/message"][()]
                 messages = {int(r): bytes(t).decode(errors="replace") for r, t in zip(rows, texts, strict=True)}
             return file["seconds"][()], messages
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, BankError):
+    except (*DAMAGE, BankError):
         return np.zeros(0, np.float32), {}
 
 
@@ -209,7 +216,7 @@ def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     if parent.chunks is not None or parent.external or parent.is_virtual or offset is None:
         raise BankError(f"{path} is damaged: {name} is not stored in one piece")
     if offset + dtype.itemsize * int(np.prod(shape, dtype=object)) > size:
-        raise BankError(f"{path} is cut short: {name} ends beyond the end of the file")
+        raise BankError(f"{path} is cut short: {name} ends beyond the end of the file; delete it and simulate again")
     return int(offset)
 
 

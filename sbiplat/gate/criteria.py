@@ -73,9 +73,9 @@ def _uniform(c: Coverage, p_value: float, criteria: Criteria) -> Criterion:
 
 
 def _uniform_mend(c: Coverage) -> str:
-    shift = float((c.ecp - c.central * 0).mean() - 0.5)
+    shift = float(c.ecp.mean() - 0.5)  # the truth ranks low where the posterior lies too high
     if c.name != "TARP" and abs(shift) > max(c.under, c.over) / 2:
-        return f"biased {'high' if shift < 0 else 'low'} in {c.name.removeprefix('SBC ')}: train longer, or with a larger embedding"
+        return f"biased {'high' if shift > 0 else 'low'} in {c.name.removeprefix('SBC ')}: train longer, or with a larger embedding"
     return "too narrow: more simulations or a smaller net" if c.under > c.over else "too wide or misshapen: train longer, or with a larger net"
 
 

@@ -4,7 +4,7 @@ Each feature is transformed as its simulator declares (none, log, asinh), centre
 interquartile range, then clipped softly,
 
 .. math:: u = \frac{t(x) - \mathrm{median}}{\mathrm{IQR} / 1.349}, \qquad
-          c(u) = u \ \text{for}\ |u| \le k, \quad \mathrm{sign}(u)\, k\, (1 + \log(|u| / k)) \ \text{beyond},
+          c(u) = u \ \text{for}\ |u| \le k, \quad \mathrm{sign}(u)\, \big(k + \log(1 + |u| - k)\big) \ \text{beyond},
 
 so that one wild row in a bank neither sets the scale nor dominates a gradient, and order is kept. A feature with no
 spread gets scale 1.
@@ -24,8 +24,8 @@ KNEE = 5.0
 
 def soft_clip(u: Tensor, knee: float = KNEE) -> Tensor:
     """The identity up to the knee, logarithmic beyond, with a continuous slope."""
-    size = u.abs()
-    return torch.where(size <= knee, u, u.sign() * knee * (1 + torch.log(size.clamp_min(knee) / knee)))
+    excess = (u.abs() - knee).clamp(0, 1e30)
+    return u.clamp(-knee, knee) + u.sign() * torch.log1p(excess)
 
 
 def robust_scale(values: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -1,0 +1,404 @@
+"""The report of a run: one self-contained HTML page, RUN/report.html.
+
+It shows what the certificate allows and no more: the posterior given an observation only where the certificate holds.
+The page asks nothing of the network and runs no script; whatever a run, bank or certificate says reaches it as text.
+No code that the run names is run: its simulator is found only among those that are installed or that this process has
+decorated itself, and is used only where its source is that of the bank, or is given by the caller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from numpy.typing import NDArray
+
+from sbiplat import files
+from sbiplat.errors import ObservationError, SettingError, SimulatorError, Uncertified, UserError
+from sbiplat.gate.certificate import Certificate, load
+from sbiplat.observation import Fields, ObservationSpec, read_observation
+from sbiplat.prior import Prior
+from sbiplat.progress import Progress
+from sbiplat.report import figures, predictive
+from sbiplat.runs import Run
+from sbiplat.simulator import Simulator, available, resolve
+
+Array = NDArray[np.float64]
+PRIOR_DRAWS = 50_000
+LEAST_DRAWS = 100
+UNITS_OF_LOSS = {"npe": "nats"}
+NOT_TESTED = {
+    "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior",
+    "misspecification": "whether your observation is of the kind that the simulator makes; the certificate speaks only of data "
+                        "that it could have made",
+}
+
+
+def report(
+    run: Run | str | Path, observation: Any = None, *, simulator: Simulator | str | None = None, draws: int = 10_000,
+    seed: int = 0, embedding: Any = None, out: str | Path | None = None, progress: Progress | None = None,
+) -> Path:
+    """Write the report of a finished run, by default to RUN/report.html, and return its path.
+
+    observation: one x in the user's form; kept in RUN/observation.npz, which is used when none is given.
+    simulator: for the posterior predictive; by default the registered one of the bank's name, if its source is the bank's.
+    draws: of the posterior. embedding: as for `sbiplat.load`. Raises RunError for an unfinished run.
+    """
+    run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
+    for name, value, least in (("draws", draws, LEAST_DRAWS), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62:
+            raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    progress = progress or Progress.auto()
+    path = Path(out) if out else run.path / "report.html"
+    x = _observation(run, observation, progress)
+    found = _find_simulator(run, simulator)
+    verdict = _verdict(run)
+    page = {
+        "run": str(run.path), "name": _simulator(run)["name"], "made": files.now(), "verdict": verdict,
+        "posterior": _posterior(run, verdict, x, found, int(draws), int(seed), embedding, progress),
+        "gate": _gate(run, verdict), "training": _training(run), "what": _what(run, found, verdict),
+    }
+    with files.disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_text(path, render(page))
+    return path
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page as HTML. Everything is escaped; the template holds all the markup that there is."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["number"] = number
+    template = environment.from_string((package_files("sbiplat.report") / "page.html").read_text(encoding="utf-8"))
+    return template.render(page).encode("utf-8", "replace").decode("utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------- verdict
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What may be said of the posterior: `state` is certified, refused, void (a certificate that does not hold) or untested."""
+
+    state: str
+    word: str
+    meaning: str
+    reason: str = ""
+    certificate: Certificate | None = None
+
+    @property
+    def failed(self) -> list[Any]:
+        return self.certificate.failed if self.certificate else []
+
+    @property
+    def not_tested(self) -> list[tuple[str, str]]:
+        named = self.certificate.content.get("not_tested") if self.certificate else None
+        return [(str(v), NOT_TESTED.get(str(v), "")) for v in named] if isinstance(named, list) else []
+
+
+def _verdict(run: Run) -> Verdict:
+    if not (run.path / "certificate.json").is_file():
+        return Verdict("untested", "NOT YET GATED",
+                       f"Nobody has tested this posterior. Run `sbiplat gate {run.path}`; until then none is shown here.")
+    certificate = None
+    try:
+        certificate = Certificate.read(run)
+        certificate.require(run)
+    except Uncertified as reason:
+        if certificate is None or certificate.passed or "was refused by the gate" not in str(reason):
+            return Verdict("void", "CERTIFICATE VOID", "The certificate does not hold for these weights and this bank, so "
+                           "nothing vouches for this posterior and none is shown here.", str(reason))
+        failed, total = len(certificate.failed), len(certificate.criteria)
+        return Verdict("refused", "REFUSED", f"The posterior failed {failed} of the gate's {total} criteria: its probabilities "
+                       "are not to be relied on, and none are shown here.", certificate=certificate)
+    pairs = certificate.figures.get("pairs", "the")
+    return Verdict("certified", "CERTIFIED", f"The posterior met every criterion of the gate on {pairs} held-out simulations: "
+                   "for data that the simulator could have made, its probabilities are, within the limits below, the "
+                   "frequencies that they claim to be.", certificate=certificate)
+
+
+# --------------------------------------------------------------------------------------- observation and simulator
+
+
+def _observation(run: Run, given: Any, progress: Progress) -> Fields | None:
+    """The observation as a dict of arrays of the declared shapes: the one given, which is kept, or the one kept before."""
+    kept = run.path / "observation.npz"
+    if given is None and not kept.is_file():
+        return None
+    x, batched = run.x.batch(read_observation(kept, run.x) if given is None else given)
+    if batched:
+        count = len(next(iter(x.values())))
+        raise ObservationError(f"the report takes one observation, of shape {run.x.shape_text()}; a batch of {count} was given")
+    single = {name: values[0] for name, values in x.items()}
+    if given is not None:
+        try:
+            with files.disk_errors(kept), files.atomic_path(kept) as temporary:
+                temporary.write_bytes(_npz(single))
+        except UserError as problem:  # a run that may only be read: its report goes elsewhere, and so would the observation
+            progress.say(f"the observation is not kept for the next report: {problem}")
+    return single
+
+
+def _npz(arrays: Fields) -> bytes:
+    """An .npz whose arrays may have any name (numpy.savez has arguments of its own) and that is the same every time."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, values in arrays.items():
+            item = io.BytesIO()
+            np.lib.format.write_array(item, np.ascontiguousarray(values), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), item.getvalue())
+    return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The simulator, or a sentence why there is none; `warning` where it is not known to be the bank's."""
+
+    simulator: Simulator | None
+    why: str = ""
+    warning: str = ""
+
+
+def _simulator(run: Run) -> dict[str, str]:
+    """The bank's simulator as the run records it: name, spec, source_digest."""
+    recorded = dict(_items(run.record["bank"].get("simulator")))
+    return {key: str(recorded.get(key, "")) for key in ("name", "spec", "source_digest")}
+
+
+def _find_simulator(run: Run, given: Simulator | str | None) -> Found:
+    name, digest = _simulator(run)["name"], _simulator(run)["source_digest"]
+    if given is not None:
+        made = resolve(given)
+        if made.x.shapes != run.x.shapes or made.prior.names != run.prior.names:
+            raise SimulatorError(f"simulator {made.name!r} has other parameters or another shape of x than the bank of "
+                                 f"{run.path}, which {name!r} made; give that one")
+        same = made.source_digest() == digest
+        return Found(made, warning="" if same else "The simulator given for this report is not, to the letter, the one that "
+                                                   "made the bank: its source differs.")
+    how = f"`sbiplat report {run.path} --simulator file.py:object`"
+    if ":" in name or name not in available():  # with a colon it would be a path, and the run must not name code to run
+        return Found(None, f"no simulator is registered here as “{name}”; to have it simulated again, run {how}.")
+    try:
+        made = resolve(name)
+    except UserError as problem:
+        return Found(None, f"the simulator registered here as “{name}” cannot be loaded ({problem}); run {how}.")
+    if made.source_digest() != digest:
+        return Found(None, f"the simulator registered here as “{name}” is not the one that made the bank, since its source "
+                           f"differs; run {how} with the one that did.")
+    return Found(made)
+
+
+# ----------------------------------------------------------------------------------------------------- posterior
+
+
+def _posterior(
+    run: Run, verdict: Verdict, x: Fields | None, found: Found, draws: int, seed: int, embedding: Any, progress: Progress,
+) -> dict[str, Any]:
+    """The section on the posterior: a sentence where there is none to show, else table, corner plot and predictive."""
+    why_not = {
+        "refused": "No posterior is shown, since the gate refused it.",
+        "void": "No posterior is shown, since its certificate does not hold.",
+        "untested": "No posterior is shown, since it has not been through the gate.",
+        "certified": f"No observation was given; run `sbiplat report {run.path} --observation FILE` to see its posterior.",
+    }[verdict.state]
+    if verdict.state != "certified" or x is None:
+        return {"shown": False, "why": why_not, "failed": verdict.failed}
+    try:
+        posterior = load(run, embedding=embedding)
+    except UserError as problem:  # a user's own embedding that is not at hand: the rest of the page needs none
+        return {"shown": False, "why": f"The posterior cannot be loaded: {problem}", "failed": []}
+    theta = posterior.sample(run.x.unwrap(x), draws, seed=seed)
+    before = run.prior.sample(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x9210,))), PRIOR_DRAWS)
+    corner = figures.corner(theta, before, run.prior.names, run.prior.units, run.prior.support)
+    return {
+        "shown": True, "draws": draws, "seed": seed, "observation": hashlib.sha256(_npz(x)).hexdigest(),
+        "rows": table(run.prior, theta, before), "dim": run.prior.dim, "corner_most": figures.MOST_CORNER,
+        "corner": figures.image(corner, raster=True), "predictive": _predictive(run, found, theta, x, seed, progress),
+    }
+
+
+def table(prior: Prior, theta: Array, before: Array) -> list[dict[str, Any]]:
+    """A row a parameter: mean, sd, 5, 50 and 95 % of the draws, and the prior's 5 and 95 %, to the digits that sd supports."""
+    rows = []
+    for k, (name, unit) in enumerate(zip(prior.names, prior.units, strict=True)):
+        mean, sd = float(theta[:, k].mean()), float(theta[:, k].std(ddof=1))
+        low, high = np.quantile(before[:, k], [0.05, 0.95])
+        width = float(high - low) / 3.3
+        rows.append({"name": name, "unit": unit, "mean": to_digits(mean, sd), "sd": to_digits(sd, sd),
+                     "quantiles": [to_digits(float(q), sd) for q in np.quantile(theta[:, k], [0.05, 0.5, 0.95])],
+                     "prior": [to_digits(float(low), width), to_digits(float(high), width)]})
+    return rows
+
+
+def to_digits(value: float, error: float) -> str:
+    """A value to the third significant digit of its error."""
+    if not math.isfinite(value) or not math.isfinite(error) or error <= 0:
+        return f"{value:.6g}"
+    decimals = 2 - math.floor(math.log10(error))
+    if abs(value) < 1e7 and decimals <= 6:
+        return f"{round(value, decimals) + 0.0:.{max(decimals, 0)}f}".replace("-", "−")
+    digits = decimals + math.floor(math.log10(max(abs(value), error)))
+    return f"{value:.{min(max(digits, 0), 15)}e}".replace("-", "−")
+
+
+def number(value: Any) -> str:
+    """A figure of a certificate or setting as text; what is no number is shown as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:.4g}".replace("-", "−").replace("inf", "∞") if isinstance(value, float) else str(value)
+
+
+def _predictive(run: Run, found: Found, theta: Array, x: Fields, seed: int, progress: Progress) -> dict[str, Any]:
+    if found.simulator is None:
+        return {"figure": None, "why": f"The posterior predictive is left out: {found.why}"}
+    simulated = predictive.simulate(found.simulator, theta, seed, progress)
+    failed = f"{simulated.failed} of {simulated.tried} simulations from the posterior failed or were not finite"
+    if simulated.rows < 2:
+        return {"figure": None, "why": f"The posterior predictive is left out: {failed}. {simulated.error}".strip()}
+    shown, notes = predictive.panels(run.x, x, simulated.fields)
+    if simulated.failed:
+        notes.append(f"{failed} and are left out")
+    return {"figure": figures.image(figures.predictive(shown)), "rows": simulated.rows, "notes": notes,
+            "warning": found.warning, "inside": predictive.share_inside(shown)}
+
+
+# ---------------------------------------------------------------------------------------------------------- gate
+
+
+def _gate(run: Run, verdict: Verdict) -> dict[str, Any]:
+    """Criteria and coverage of a certificate that holds or refuses."""
+    certificate = verdict.certificate
+    if certificate is None:
+        return {"criteria": [], "why": f"There is no certificate that holds; run `sbiplat gate {run.path}`.", "coverage": None}
+    content, measured = certificate.content, certificate.figures
+    return {"criteria": certificate.criteria, "why": "", "sha256": certificate.sha256,
+            "created": str(content.get("created", "")), "pairs": measured.get("pairs"), "draws": measured.get("draws"),
+            "coverage": _coverage(run, certificate)}
+
+
+def _coverage(run: Run, certificate: Certificate) -> dict[str, Any]:
+    try:
+        arrays = _diagnostics(run, certificate)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
+        return {"why": f"The coverage figures are left out: {problem}; run `sbiplat gate {run.path}` again."}
+    names = [str(name) for name in arrays["names"]]
+    worst = np.argsort(-np.abs(arrays["ecp"] - arrays["levels"]).max(1), kind="stable")
+    shown = sorted({0, *worst[:figures.MOST_PANELS - 1].tolist()})
+    parameters = [k for k in shown if names[k] != "TARP"]
+    plain = [names[k].removeprefix("SBC ") for k in range(len(names))]
+
+    def curves(key: str, which: list[int], xlabel: str, ylabel: str) -> figures.Image:
+        data = (arrays[f"{key}{end}"][which] for end in ("", "_low", "_high"))
+        return figures.image(figures.coverage_curves([plain[k] for k in which], arrays["levels"], *data, xlabel, ylabel))
+
+    return {
+        "why": "", "left_out": len(names) - len(shown), "pairs": len(arrays["ranks"]),
+        "ecp": curves("ecp", shown, "credibility level α", "expected coverage"),
+        "central": curves("central", parameters, "stated probability of the central interval", "how often the truth was in it"),
+        "ranks": figures.image(figures.rank_histograms([plain[k] for k in shown], arrays["ranks"][:, shown])),
+    }
+
+
+def _diagnostics(run: Run, certificate: Certificate) -> dict[str, Array]:
+    """The arrays of RUN/diagnostics.npz; raises ValueError where they are not those of the certificate."""
+    path = run.path / "diagnostics.npz"
+    if not path.is_file():
+        raise ValueError(f"there is no {path.name}")
+    if files.digest_file(path) != certificate.content["digests"].get("diagnostics"):
+        raise ValueError(f"{path.name} is not the one of the certificate")
+    with np.load(path, allow_pickle=False) as archive:
+        arrays = {name: archive[name] for name in archive.files}
+    count, levels = arrays["names"].shape[0], arrays["levels"].shape[0]
+    curves = ("ecp", "ecp_low", "ecp_high", "central", "central_low", "central_high")
+    if any(arrays[key].shape != (count, levels) for key in curves) or arrays["ranks"].shape[1:] != (count,):
+        raise ValueError(f"{path.name} is damaged")
+    return arrays
+
+
+# ------------------------------------------------------------------------------------------------ training and run
+
+
+def _training(run: Run) -> dict[str, Any]:
+    metrics = [m for m in run.metrics() if isinstance(m, Mapping) and isinstance(m.get("epoch"), int)]
+    outcome = _items(run.record.get("outcome"))
+    best = dict(outcome).get("best_epoch")
+    unit = UNITS_OF_LOSS.get(run.architecture.estimator, "")
+    curves = figures.loss_curves(metrics, best if isinstance(best, int) else None, unit) if metrics else None
+    return {"figure": figures.image(curves) if curves else None, "outcome": _texts(outcome),
+            "rows": _texts([(k, v) for k, v in _items(run.record["split"]) if k != "digest"])}
+
+
+def _what(run: Run, found: Found, verdict: Verdict) -> dict[str, Any]:
+    """Simulator card, bank, settings, seeds, versions and digests."""
+    record, simulator, recorded = run.record, found.simulator, _simulator(run)
+    seeds = [("bank", record["bank"].get("seed")), ("training", record["seed"])]
+    digests = [("bank", run.bank_digest), ("weights", run.weights_digest), ("architecture and prior", run.config_digest),
+               ("split", dict(_items(record["split"])).get("digest")), ("simulator's source", recorded["source_digest"])]
+    if verdict.certificate is not None:
+        seeds += [(k, v) for k, v in _items(verdict.certificate.content.get("seeds")) if k not in dict(seeds)]
+        digests.append(("certificate", verdict.certificate.sha256))
+    estimator = [("estimator", run.architecture.estimator), *_items(record["architecture"].get("settings"))]
+    parameters = zip(run.prior.names, run.prior.units, _laws(run.prior), *run.prior.support, strict=True)
+    return {
+        "summary": simulator.summary if simulator else "", "citation": simulator.citation if simulator else "",
+        "spec": recorded["spec"], "created": str(record.get("created", "")),
+        "parameters": [{"name": name, "unit": unit, "law": law, "low": _bound(low, "−∞"), "high": _bound(high, "∞")}
+                       for name, unit, law, low, high in parameters],
+        "x": _texts(_about_x(run.x)), "bank": _texts(_bank(run)),
+        "settings": [("estimator", _texts(estimator)), ("training", _texts(_items(record["training"])))],
+        "seeds": _texts(seeds), "versions": _texts(_items(record.get("versions"))), "digests": _texts(digests),
+    }
+
+
+def _bound(value: float, infinite: str) -> str:
+    return number(float(value)) if math.isfinite(value) else infinite
+
+
+def _laws(prior: Prior) -> list[str]:
+    marginals = getattr(prior.law, "marginals", None)
+    if marginals is None:
+        return [f"joint: {', '.join(prior.law.to_json())}"] * prior.dim
+    settings = [", ".join(number(getattr(m, f.name)) for f in fields(m) if f.name != "unit") for m in marginals]
+    return [f"{type(m).__name__}({text})" for m, text in zip(marginals, settings, strict=True)]
+
+
+def _about_x(x: ObservationSpec) -> list[tuple[str, Any]]:
+    most = 40
+    labels = ", ".join(x.labels[:most]) + (f" and {len(x.labels) - most} more" if len(x.labels) > most else "")
+    axis = f"{x.axis[0]}, {x.axis[1][0]:g} to {x.axis[1][-1]:g}" if x.axis[1] else ""
+    known = [("shape", x.shape_text()), ("dtype", x.dtype), ("unit", x.unit), ("labels", labels), ("axis", axis),
+             ("transform", ", ".join(sorted(set(x.transform.values()))))]
+    return [(name, value) for name, value in known if value]
+
+
+def _bank(run: Run) -> list[tuple[str, Any]]:
+    known = [(key.replace("_", " "), run.record["bank"].get(key)) for key in ("digest", "path", "rows", "block_size")]
+    try:
+        bank = run.bank()
+        counts, info = bank.status_counts(), bank.info()
+    except (UserError, OSError, RuntimeError, ValueError, KeyError, TypeError) as problem:
+        return [*known, ("status", f"the bank could not be opened: {problem}")]
+    return [*known, ("status", ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "ok")),
+            ("simulation time", f"{info['simulation_seconds']:.3g} s"), ("made", info["created"])]
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return [(str(k), v) for k, v in value.items()] if isinstance(value, Mapping) else []
+
+
+def _texts(pairs: list[tuple[str, Any]]) -> list[tuple[str, str]]:
+    """Names and values as a reader would write them."""
+    def text(value: Any) -> str:
+        if isinstance(value, list | tuple):
+            return ", ".join(text(v) for v in value)
+        return "none" if value is None else {True: "yes", False: "no"}[value] if isinstance(value, bool) else number(value)
+
+    return [(name.replace("_", " "), text(value)) for name, value in pairs]

@@ -1,0 +1,135 @@
+"""The certificate: bound to the exact weights, configuration and bank; one changed byte and the door stays shut."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import sbiplat as sp
+from conftest import QUICK
+from sbiplat.errors import BankError, RunError, Uncertified
+from sbiplat.progress import silent
+
+
+@pytest.fixture
+def run_copy(line_run, tmp_path):
+    shutil.copytree(line_run.path, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_certified_run_opens(run_copy):
+    posterior = sp.load(run_copy)
+    assert posterior.provenance["certified"] == "yes"
+    assert sp.load(str(run_copy)).sample(np.zeros(2), 10).shape == (10, 2)
+
+
+def test_one_changed_byte_of_the_weights_shuts_it(run_copy):
+    path = run_copy / "weights.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(Uncertified, match=r"is for other weights: .* run `sbiplat gate"):
+        sp.load(run_copy)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda c: c["figures"]["information"].update(gain=99.0), lambda c: c.update(created="2020-01-01"), lambda c: c["seeds"].update(gate=1),
+    lambda c: c["criteria"][0].update(figure=1), lambda c: c.update(sha256="0" * 64), lambda c: c["digests"].update(bank="0" * 64),
+])
+def test_an_altered_certificate_shuts_it(run_copy, edit):
+    content = json.loads((run_copy / "certificate.json").read_text())
+    edit(content)
+    (run_copy / "certificate.json").write_text(json.dumps(content))
+    with pytest.raises(Uncertified, match="altered"):
+        sp.load(run_copy)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"format_version": 1}', '{"format_version": 99, "passed": true}', "[" * 5000])
+def test_a_damaged_certificate_is_one_clear_line(run_copy, text):
+    (run_copy / "certificate.json").write_text(text)
+    with pytest.raises(Uncertified) as error:
+        sp.load(run_copy)
+    assert "\n" not in str(error.value)
+
+
+def test_an_ungated_run_stays_shut(run_copy):
+    (run_copy / "certificate.json").unlink()
+    with pytest.raises(Uncertified, match="has not been through the gate; run `sbiplat gate"):
+        sp.load(run_copy)
+    assert sp.load(run_copy, allow_uncertified=True).provenance["certified"] == "no"
+
+
+def test_another_runs_certificate_does_not_fit(line_bank, run_copy, tmp_path):
+    other = sp.train(line_bank, "npe", out=tmp_path / "other", seed=1, progress=silent, **QUICK)
+    shutil.copy(run_copy / "certificate.json", other.path)
+    with pytest.raises(Uncertified, match="other weights"):
+        sp.load(other)
+
+
+def test_a_changed_prior_or_architecture_shuts_it(run_copy):
+    record = json.loads((run_copy / "run.json").read_text())
+    record["prior"]["independent"][0]["scale"] = 3.0
+    (run_copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(Uncertified, match="other config"):
+        sp.load(run_copy)
+
+
+def test_a_refused_run_says_which_criterion_by_how_much_and_the_mend(line_bank, tmp_path):
+    run = sp.train(line_bank, "npe", out=tmp_path / "run", progress=silent, **{**QUICK, "max_epochs": 1, "learning_rate": 1e-8})
+    certificate = sp.gate(run, progress=silent)
+    assert not certificate.passed
+    assert {"information"} <= {c.name for c in certificate.failed}
+    with pytest.raises(Uncertified, match=r"refused by the gate: .*"):
+        sp.load(run)
+    assert all(c.mend for c in certificate.failed)
+
+
+def test_the_same_gate_gives_the_same_figures(run_copy, line_bank):
+    first = json.loads((run_copy / "certificate.json").read_text())
+    again = sp.gate(run_copy, bank=line_bank.path, progress=silent).content
+    changing = {"created", "seconds", "sha256"}
+    assert {k: v for k, v in first.items() if k not in changing} == {k: v for k, v in again.items() if k not in changing}
+    other = sp.gate(run_copy, bank=line_bank.path, seed=1, progress=silent)
+    assert other.figures["coverage"] != first["figures"]["coverage"]
+
+
+def test_what_is_not_tested_yet_is_named(line_run):
+    content = json.loads((line_run.path / "certificate.json").read_text())
+    assert content["not_tested"] == ["robustness", "misspecification"]
+    assert content["digests"]["bank"] == line_run.bank_digest
+
+
+def test_the_gate_wants_the_very_bank(run_copy, line_simulator, tmp_path):
+    other = sp.simulate(line_simulator, 6000, 2, tmp_path / "other", workers=1, progress=silent)
+    with pytest.raises(BankError, match="is not the bank that"):
+        sp.gate(run_copy, bank=other.path, progress=silent)
+
+
+def test_an_extended_bank_still_gates_a_run_made_before(line_simulator, tmp_path):
+    path = tmp_path / "bank"
+    run = sp.train(sp.simulate(line_simulator, 3000, 5, path, workers=1, progress=silent), "npe", out=tmp_path / "run", progress=silent, **QUICK)
+    sp.simulate(line_simulator, 5000, 5, path, workers=1, progress=silent)
+    assert sp.gate(run, progress=silent).content["digests"]["bank"] == run.bank_digest
+
+
+@pytest.mark.parametrize(("file", "text", "message"), [
+    ("run.json", "{}", "format None"), ("run.json", '{"format_version": 2}', "is of run format 2, this sbiplat reads 1"),
+    ("run.json", '{"format_version": 1}', "it lacks"), ("run.json", "nonsense", "not JSON"), ("weights.safetensors", "nonsense", "damaged"),
+])
+def test_a_damaged_run_is_one_clear_line(run_copy, file, text, message):
+    (run_copy / file).write_text(text)
+    with pytest.raises((RunError, Uncertified), match=message) as error:
+        sp.load(run_copy, allow_uncertified=True)
+    assert "\n" not in str(error.value)
+
+
+def test_loading_a_run_never_runs_code_that_it_names(run_copy, tmp_path):
+    trap = tmp_path / "trap.py"
+    trap.write_text(f"open({str(tmp_path / 'sprung')!r}, 'w').close()\nclass Net: pass\n")
+    record = json.loads((run_copy / "run.json").read_text())
+    record["architecture"]["settings"]["embedding"] = f"{trap}:Net"
+    (run_copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(sp.UserError, match="code of yours"):
+        sp.load(run_copy, allow_uncertified=True)
+    assert not (tmp_path / "sprung").exists()

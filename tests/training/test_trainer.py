@@ -1,0 +1,205 @@
+"""Training: seeded, resumable to the same weights, and safe against what goes wrong."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import sbiplat as sp
+from sbiplat.bank.stream import Batches, split
+from sbiplat.errors import OtherTraining, RunError, SettingError
+from sbiplat.estimators.npe import NPE
+from sbiplat.progress import silent
+from sbiplat.training import trainer
+from conftest import QUICK, line_posterior
+
+
+def train(bank, out, **settings):
+    return sp.train(bank, "npe", out=out, progress=silent, **{**QUICK, **settings})
+
+
+def test_npe_finds_the_gaussian_posterior(line_run):
+    posterior = sp.load(line_run)
+    for x in ([0.0, 0.0], [1.0, -1.5]):
+        draws = posterior.sample(np.array(x), 20_000, seed=0)
+        mean, sd = line_posterior(x)
+        np.testing.assert_allclose(draws.mean(0), mean, atol=0.15 * sd.max())
+        np.testing.assert_allclose(draws.std(0), sd, rtol=0.12)
+
+
+def test_same_seed_gives_the_same_weights_and_another_seed_others(line_bank, tmp_path):
+    runs = [train(line_bank, tmp_path / str(k), seed=s, max_epochs=2) for k, s in enumerate((3, 3, 4))]
+    assert runs[0].weights_digest == runs[1].weights_digest
+    assert runs[0].weights_digest != runs[2].weights_digest
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"ema": 0.99}, {"optimizer": "muon", "embedding_hidden": [64, 64]}, {"memory_mb": 1.0, "flow": "nsf", "transforms": 1}, {"flow": "mog"},
+], ids=["adamw", "ema", "muon", "streamed", "mog"])
+def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(line_bank, tmp_path, monkeypatch, settings):
+    settings = {"max_epochs": 3, **settings}
+    if "memory_mb" in settings:
+        monkeypatch.setattr(trainer, "Batches", lambda *a: Batches(*a[:-1], 40_000))  # a budget that the bank exceeds
+    unbroken = train(line_bank, tmp_path / "unbroken", **settings)
+    for stop_after in (7, 40, 61, 95):  # optimizer steps, in different epochs and places
+        steps, original = [0], trainer._Training._step
+
+        def step(self, batch, steps=steps, original=original, stop_after=stop_after):
+            steps[0] += 1
+            if self.state["step"] + 1 >= stop_after and steps[0] > 1:
+                raise trainer.Interrupted
+            return original(self, batch)
+
+        monkeypatch.setattr(trainer._Training, "_step", step)
+        with pytest.raises(trainer.Stopped):
+            train(line_bank, tmp_path / "broken", **settings)
+        monkeypatch.setattr(trainer._Training, "_step", original)
+    resumed = train(line_bank, tmp_path / "broken", **settings)
+    assert resumed.weights_digest == unbroken.weights_digest
+    strip = [[{k: v for k, v in m.items() if k != "seconds"} for m in r.metrics()] for r in (resumed, unbroken)]
+    assert strip[0] == strip[1]
+    assert not (resumed.path / "checkpoint").exists()
+
+
+def test_training_leaves_the_global_generators_alone(line_bank, tmp_path):
+    torch_before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 - it must not change
+    train(line_bank, tmp_path / "run", max_epochs=1)
+    assert torch.equal(torch_before, torch.get_rng_state())
+    np.testing.assert_array_equal(numpy_before, np.random.get_state()[1])  # noqa: NPY002
+
+
+def test_a_finished_run_is_returned_at_once_and_other_settings_are_refused(line_bank, line_run):
+    again = train(line_bank, line_run.path)
+    assert again.weights_digest == line_run.weights_digest
+    with pytest.raises(OtherTraining, match="max_epochs = 12, not 13"):
+        train(line_bank, line_run.path, max_epochs=13)
+    with pytest.raises(OtherTraining, match="seed = 0, not 5"):
+        train(line_bank, line_run.path, seed=5)
+    train(line_bank, line_run.path, memory_mb=512)  # practical settings may change
+
+
+def test_best_weights_are_kept_when_later_epochs_are_worse(line_bank, tmp_path, monkeypatch):
+    losses = iter([1.0, 0.5, 0.7, 0.8, 0.9, 0.95])
+    kept = []
+    original = trainer._Training._validation_loss
+
+    def validation(self):
+        original(self)
+        kept.append({k: v.clone() for k, v in self.estimator.state_dict().items()})
+        return next(losses)
+
+    monkeypatch.setattr(trainer._Training, "_validation_loss", validation)
+    run = train(line_bank, tmp_path / "run", max_epochs=50, patience=3)
+    assert len(kept) == 5, "three epochs without a better loss stop the training"
+    for name, value in run.estimator().state_dict().items():
+        assert torch.equal(value, kept[1][name])
+
+
+def test_steps_with_a_non_finite_loss_are_left_out(line_bank, tmp_path, monkeypatch):
+    original, calls = NPE.loss, [0]
+
+    def loss(self, theta, x):
+        calls[0] += self.training
+        return original(self, theta, x) * (float("nan") if self.training and calls[0] in (3, 4, 50) else 1.0)
+
+    monkeypatch.setattr(NPE, "loss", loss)
+    run = train(line_bank, tmp_path / "run", max_epochs=3)
+    assert run.record["outcome"]["skipped_steps"] == 3
+    assert all(np.isfinite(v).all() for v in (p.detach().numpy() for p in run.estimator().parameters()))
+
+
+def test_a_training_that_diverges_for_good_says_so(line_bank, tmp_path, monkeypatch):
+    original = NPE.loss
+    monkeypatch.setattr(NPE, "loss", lambda self, t, x: original(self, t, x) * (float("inf") if self.training else 1.0))
+    with pytest.raises(RunError, match=r"diverged 4 times .* try --set learning_rate="):
+        train(line_bank, tmp_path / "run", max_epochs=10)
+
+
+def test_an_outlier_in_the_bank_does_not_break_training(tmp_path):
+    @sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1)}), x_shape=(3,), batched=True, name="outlier")
+    def outlier(theta, rng):
+        x = np.concatenate([theta + 0.1 * rng.standard_normal(theta.shape), np.ones_like(theta), rng.standard_cauchy(theta.shape) ** 3], axis=1)
+        x[0, 0] = 1e30
+        return x
+
+    bank = sp.simulate(outlier, 4000, 1, tmp_path / "bank", workers=1, progress=silent)
+    run = train(bank, tmp_path / "run", max_epochs=40)
+    draws = sp.load(run, allow_uncertified=True).sample(np.array([0.5, 1.0, 0.0]), 2000, seed=0)
+    assert abs(draws.mean() - 0.5) < 0.05
+    assert draws.std() < 0.15, "the exact sd is 0.0995"
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"batch_size": 0}, "batch_size = 0: expected a whole number of at least 1"),
+    ({"learning_rate": float("nan")}, "learning_rate = nan"),
+    ({"flow": "nfs"}, "flow = 'nfs': expected text, one of nsf, maf"),
+    ({"flwo": "nsf"}, "no setting is called 'flwo'; did you mean flow"),
+    ({"hidden": [64, "a"]}, "hidden = "),
+    ({"device": "cuda:7"}, "not to be had here"),
+    ({"embedding": torch.nn.Linear(2, 2)}, "give the class Linear, not an instance"),
+    ({"embedding": "nowhere.py:Net"}, "no simulator file|nowhere.py"),
+    ({"embedding": torch.nn.Identity}, "must return"),
+])
+def test_impossible_settings_are_one_clear_line(line_bank, tmp_path, settings, message):
+    if "embedding" in settings and settings["embedding"] is torch.nn.Identity:
+        settings = {"embedding": type("Bad", (torch.nn.Module,), {"forward": lambda self, x: x[:, :, None]})}
+    with pytest.raises(SettingError, match=message) as error:
+        train(line_bank, tmp_path / "run", **settings)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_estimator_names_the_near_ones(line_bank, tmp_path):
+    with pytest.raises(SettingError, match="no estimator is called 'npx'; did you mean npe"):
+        sp.train(line_bank, "npx", out=tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+def test_every_training_row_comes_once_an_epoch_and_held_out_rows_never(line_bank):
+    apart = split(line_bank, 0, 0.05, 0.1, 5000)
+    assert not set(apart.validation) & set(apart.held_out)
+    z = line_bank.header.prior.unconstrain(line_bank.theta).astype(np.float32)
+    out = {tuple(row) for row in z[np.concatenate([apart.validation, apart.held_out])]}
+    for budget in (2**30, 40_000):
+        batches = Batches(line_bank, apart, 100, 0, budget)
+        assert batches.resident == (budget == 2**30)
+        seen = [tuple(row) for batch in batches.epoch(0) for row in batch["theta"]]
+        assert len(seen) == len(set(seen)) == batches.per_epoch * 100
+        assert not set(seen) & out
+        assert [len(b["theta"]) for b in batches.epoch(1)] == [100] * batches.per_epoch
+
+
+def test_the_order_of_an_epoch_is_a_function_of_seed_and_epoch(line_bank):
+    apart = split(line_bank, 0, 0.05, 0.1, 5000)
+    for budget in (2**30, 40_000):
+        def first(seed, epoch, skip=0, budget=budget):
+            return next(iter(Batches(line_bank, apart, 100, seed, budget).epoch(epoch, skip)))["theta"]
+
+        np.testing.assert_array_equal(first(0, 0), first(0, 0))
+        assert not np.array_equal(first(0, 0), first(0, 1))
+        assert not np.array_equal(first(0, 0), first(1, 0))
+        np.testing.assert_array_equal(first(0, 0, skip=3), list(Batches(line_bank, apart, 100, 0, budget).epoch(0))[3]["theta"])
+
+
+def test_failed_rows_are_left_out_and_counted(tmp_path):
+    @sp.simulator(prior=sp.Prior({"a": sp.Uniform(0, 1)}), x_shape=(1,), name="sometimes")
+    def sometimes(theta, rng):
+        if theta[0] > 0.9:
+            raise ValueError("no convergence")
+        return theta + rng.standard_normal(1)
+
+    bank = sp.simulate(sometimes, 2000, 1, tmp_path / "bank", workers=1, progress=silent)
+    failed = bank.status_counts()["raised"]
+    assert 130 < failed < 270
+    run = train(bank, tmp_path / "run", max_epochs=2)
+    assert run.record["split"]["left_out"] == failed
+    apart = split(bank, 0, 0.05, 0.1, 5000)
+    assert (bank.status[np.concatenate([apart.validation, apart.held_out])] == 0).all()
+    assert (bank.theta[apart.held_out] <= 0.9).all()
+
+
+def test_metrics_are_json_lines_one_an_epoch(line_run):
+    lines = (line_run.path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == list(range(12))
