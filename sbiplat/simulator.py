@@ -340,5 +340,5 @@ def _same_for_all_sizes(simulator: Simulator, outcomes: Mapping[int, CheckResult
     raising = [size for size, result in outcomes.items() if result.raised]
     if raising and len(raising) < len(outcomes):
         size = raising[0]
-        raise SimulatorError(f"simulator {simulator.name!r} raised for theta of shape ({size}, {simulator.prior.dim}) but not for "
-                             f"another size: {outcomes[size].first_error}; take any number of rows, and give NaN where one fails")
+        raise SimulatorError(f"simulator {simulator.name!r} raised for {size} rows at once but not for another number: "
+                             f"{outcomes[size].first_error}; take any number of rows, and give NaN where one fails")

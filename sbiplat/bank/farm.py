@@ -329,8 +329,9 @@ def abort(comm: Any, error: BaseException) -> NoReturn:
     """One line, and the end of all ranks."""
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)  # noqa: T201 - the job ends here
-    comm.Abort(getattr(error, "exit_code", 1))
-    raise error  # where a communicator's Abort returns
+    code = getattr(error, "exit_code", 1)
+    comm.Abort(code)
+    os._exit(code)  # MPICH's Abort may return before the launcher has ended this rank
 
 
 def mpi_world() -> Any | None:

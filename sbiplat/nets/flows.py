@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sbiplat.nets.embeddings import ACTIVATIONS
+from sbiplat.nets.made import MaskedInverse
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -97,7 +98,7 @@ class StandardNormal(ConditionalDensity):
 
 
 class ZukoFlow(ConditionalDensity):
-    """A zuko flow: forward(context) is a torch Distribution whose transform maps z to a standard normal."""
+    """A zuko flow of masked autoregressive transforms; forward(context) is a Distribution whose transform maps z to a standard normal."""
 
     def __init__(self, flow: nn.Module, dim: int) -> None:
         super().__init__()
@@ -107,8 +108,12 @@ class ZukoFlow(ConditionalDensity):
         return self.flow(context).log_prob(z)
 
     def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(context), n, self.dim, generator=generator, device=context.device)
-        return self.flow(context[:, None].expand(-1, n, -1)).transform.inv(noise)
+        z = torch.randn(len(context), n, self.dim, generator=generator, device=context.device)
+        if self.dim == 1:
+            return self.flow(context[:, None].expand(-1, n, -1)).transform.inv(z)
+        for transform in reversed(self.flow.transform.transforms):
+            z = MaskedInverse(transform)(z, context)
+        return z
 
 
 class NflowsFlow(ConditionalDensity):

@@ -19,7 +19,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, ScalarFormatter
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 from scipy.stats import binom
@@ -80,9 +80,12 @@ def plain(value: str, most: int = NAME_LENGTH) -> str:
     return (shown if len(shown) <= most else shown[:most - 1] + "…").replace("$", r"\$")
 
 
-def with_unit(name: str, unit: str, factor: str = "") -> str:
-    inside = " ".join(part for part in (factor, plain(unit, 16)) if part)
-    return plain(name) + (f" [{inside}]" if inside else "")
+def with_unit(name: str, unit: str, most: int = NAME_LENGTH) -> str:
+    return plain(name, most) + (f" [{plain(unit, most)}]" if unit else "")
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else -math.inf
 
 
 # -------------------------------------------------------------------------------------------------------- corner
@@ -90,13 +93,14 @@ def with_unit(name: str, unit: str, factor: str = "") -> str:
 
 @dataclass(frozen=True)
 class _Coordinate:
-    """How one parameter is drawn: its range, and what is divided or taken the logarithm of, so that ticks are short."""
+    """How one parameter is drawn: its range, in logarithms or in units of a power of ten where ticks would be long."""
 
     low: float
     high: float
     log: bool
     exponent: int
-    label: str
+    name: str
+    unit: str
 
     @classmethod
     def of(cls, name: str, unit: str, draws: Array, prior: Array, support: tuple[float, float]) -> _Coordinate:
@@ -105,16 +109,22 @@ class _Coordinate:
         if high - low > (before[1] - before[0]) / 3:  # a posterior this wide is best seen against all of its prior
             low, high = min(low, before[0]), max(high, before[1])
         pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        positive = low > 0
+        if np.quantile(draws, 0.001) > 0 and np.quantile(draws, 0.999) > 30 * np.quantile(draws, 0.001) and low > 0:
+            pad = 0.05 * math.log10(high / low)
+            return cls(max(math.log10(low) - pad, _log10(support[0])), min(math.log10(high) + pad, _log10(support[1])),
+                       True, 0, "log₁₀ " + name, unit)
         low, high = max(low - pad, support[0]), min(high + pad, support[1])
-        if positive and low <= 0:
-            low = min(np.quantile(draws, 0.001), before[0]) / 2
-        if positive and high > 30 * low:
-            return cls(math.log10(low), math.log10(high), True, 0, "log₁₀ " + with_unit(name, unit))
         size = math.floor(math.log10(max(abs(low), abs(high), 1e-300)))
         exponent = 0 if -3 < size < 4 else 3 * (size // 3)
         factor = "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")) if exponent else ""
-        return cls(low / 10.0**exponent, high / 10.0**exponent, False, exponent, with_unit(name, unit, factor))
+        return cls(low / 10.0**exponent, high / 10.0**exponent, False, exponent, name, f"{factor} {unit}".strip())
+
+    def label(self, room: int) -> str:
+        """Name and unit, on two lines where they do not fit on one of `room` characters."""
+        one_line = with_unit(self.name, self.unit, room)
+        if len(self.name) + len(self.unit) + 3 <= room or not self.unit:
+            return one_line
+        return plain(self.name, room) + "\n" + f"[{plain(self.unit, room - 2)}]"
 
     def __call__(self, values: Array) -> Array:
         return np.log10(np.maximum(values, 1e-300)) if self.log else values / 10.0**self.exponent
@@ -136,6 +146,7 @@ def corner(draws: Array, prior: Array, names: Sequence[str], units: Sequence[str
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     grid = figure.subplots(dim, dim, squeeze=False)
     small = 8 if dim <= 6 else 7 if dim <= 9 else 6.5
+    room = int(72 * width / dim / (0.5 * (small + 1)))
     for i in range(dim):
         for j in range(dim):
             ax = grid[i, j]
@@ -146,7 +157,7 @@ def corner(draws: Array, prior: Array, names: Sequence[str], units: Sequence[str
                 _marginal(ax, u[:, i], v[:, i], axes_of[i])
             else:
                 _region(ax, u[:, j], u[:, i], v[:, j], v[:, i], axes_of[j], axes_of[i])
-            _corner_ticks(ax, i, j, dim, axes_of, small)
+            _corner_ticks(ax, i, j, axes_of, small, room)
     grid[0, 0].plot([], [], color=DARK, label="posterior")
     grid[0, 0].plot([], [], color=PRIOR, label="prior")
     if dim > 1:
@@ -186,17 +197,19 @@ def _region(ax: Axes, x: Array, y: Array, x_prior: Array, y_prior: Array, cx: _C
 
 
 def smoothed(counts: Array) -> Array:
-    """A 2-D histogram smoothed by the Gaussian that least-squares cross-validation likes best: thin crescents stay thin."""
+    """A 2-D histogram smoothed by the widest Gaussian that cross-validation (least squares) likes: thin crescents stay thin."""
     n = counts.sum()
+    centre = np.zeros(counts.shape[0])
+    centre[len(centre) // 2] = 1
 
-    def score(sigma: float) -> float:
-        centre = np.zeros(counts.shape[0])
-        centre[len(centre) // 2] = 1
+    def score(density: Array, sigma: float) -> float:
         own = gaussian_filter(centre, sigma).max() ** 2
-        density = gaussian_filter(counts, sigma, mode="reflect")
         return float(np.square(density).sum() / n**2 - 2 * ((counts * density).sum() - n * own) / (n * (n - 1)))
 
-    return gaussian_filter(counts, min(SMOOTHINGS, key=score), mode="reflect")
+    candidates = [gaussian_filter(counts, sigma, mode="reflect") for sigma in SMOOTHINGS]
+    scores = [score(density, sigma) for density, sigma in zip(candidates, SMOOTHINGS, strict=True)]
+    good = [density for density, value in zip(candidates, scores, strict=True) if value <= min(scores) + 0.005 * abs(min(scores))]
+    return good[-1]
 
 
 def highest_density_levels(density: Array, shares: Sequence[float]) -> list[float]:
@@ -206,7 +219,8 @@ def highest_density_levels(density: Array, shares: Sequence[float]) -> list[floa
     return [float(ordered[min(np.searchsorted(mass, share), len(ordered) - 1)]) for share in shares]
 
 
-def _corner_ticks(ax: Axes, i: int, j: int, dim: int, axes_of: Sequence[_Coordinate], small: float) -> None:
+def _corner_ticks(ax: Axes, i: int, j: int, axes_of: Sequence[_Coordinate], small: float, room: int) -> None:
+    dim = len(axes_of)
     ticks = 4 if dim <= 5 else 3
     ax.tick_params(labelsize=small, length=2.5, pad=2)
     for axis, shown in ((ax.xaxis, i == dim - 1), (ax.yaxis, j == 0 and i > 0)):
@@ -217,11 +231,11 @@ def _corner_ticks(ax: Axes, i: int, j: int, dim: int, axes_of: Sequence[_Coordin
         ax.set_yticks([])
         ax.spines["left"].set_visible(False)
     if i == dim - 1:
-        ax.set_xlabel(axes_of[j].label, fontsize=small + 1)
+        ax.set_xlabel(axes_of[j].label(room), fontsize=small + 1)
         if dim > 4:
             ax.tick_params(axis="x", labelrotation=45)
     if j == 0 and i > 0:
-        ax.set_ylabel(axes_of[i].label, fontsize=small + 1)
+        ax.set_ylabel(axes_of[i].label(room), fontsize=small + 1)
 
 
 # ------------------------------------------------------------------------------------------------------ coverage
@@ -403,7 +417,10 @@ def _series(ax: Axes, panel: Series, legend: bool) -> None:
     few = len(panel.x) <= 120
     ax.plot(panel.x, panel.data, "o" if few else "-", color=INK, ms=3.2, lw=0.8, label="data", zorder=4)
     ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
+    ax.xaxis.set_major_locator(MaxNLocator(8, integer=bool((panel.x == panel.x.round()).all())))
+    ax.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     ax.margins(x=0.01)
+    _log_ticks(ax, panel.scale)
     if legend:
         ax.legend(ncols=2)
 
@@ -421,6 +438,7 @@ def _dots(ax: Axes, panel: Dots, legend: bool) -> None:
     ax.tick_params(axis="x", length=0)
     ax.set_xlim(-0.7, len(places) - 0.3)
     ax.set(ylabel=panel.ylabel, title=panel.title)
+    _log_ticks(ax, panel.scale)
     if legend:
         ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
@@ -442,3 +460,12 @@ def _picture(figure: Figure, row: Sequence[Axes], panel: Picture) -> None:
 def _scale(ax: Axes, scale: str) -> None:
     if scale != "linear":
         ax.set_yscale(scale)
+
+
+def _log_ticks(ax: Axes, scale: str) -> None:
+    """Ticks at 1, 2 and 5 where a log axis spans too few decades to be read by its powers of ten."""
+    low, high = ax.get_ylim()
+    if scale == "log" and high < 300 * low:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        ax.yaxis.set_minor_locator(NullLocator())

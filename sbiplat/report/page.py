@@ -13,7 +13,7 @@ import io
 import math
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from sbiplat import files
 from sbiplat.errors import ObservationError, SettingError, SimulatorError, Uncertified, UserError
 from sbiplat.gate.certificate import Certificate, load
+from sbiplat.gate.criteria import Criteria
 from sbiplat.observation import Fields, ObservationSpec, read_observation
 from sbiplat.prior import Prior
 from sbiplat.progress import Progress
@@ -102,6 +103,13 @@ class Verdict:
     def not_tested(self) -> list[tuple[str, str]]:
         named = self.certificate.content.get("not_tested") if self.certificate else None
         return [(str(v), NOT_TESTED.get(str(v), "")) for v in named] if isinstance(named, list) else []
+
+    @property
+    def changed(self) -> list[tuple[str, Any, Any]]:
+        """Thresholds that are not the default ones: name, here, by default."""
+        usual = asdict(Criteria())
+        held = _items(self.certificate.content.get("thresholds")) if self.certificate else []
+        return [(name.replace("_", " "), value, usual.get(name)) for name, value in held if value != usual.get(name)]
 
 
 def _verdict(run: Run) -> Verdict:

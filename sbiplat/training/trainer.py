@@ -1,6 +1,6 @@
 r"""The trainer: one loop for every estimator.
 
-Per step: a batch, the mean loss, its gradient clipped to a global norm, one step of AdamW (matrices of hidden layers by
+Per step: a batch, the mean loss, its gradient clipped to a global norm, one step of AdamW (matrices by
 Muon where `optimizer = "muon"`: Jordan et al., 2024), the rate by linear warm-up and then a cosine to zero,
 
 .. math:: \eta_t = \eta \min(1, t / t_w) \cdot \tfrac12 (1 + \cos(\pi t / T)),
@@ -55,8 +55,7 @@ class TrainSettings:
 
     batch_size: int | None = setting(None, "rows a step; by default 128 to 1024 as the bank grows", low=1)
     learning_rate: float | None = setting(None, "peak rate; by default 3e-3 sqrt(batch_size / 256), at most 5e-3", low=1e-8, high=1.0)
-    optimizer: str = setting("adamw", "adamw, or muon for hidden matrices and adamw for the rest", among=("adamw", "muon"))
-    muon_learning_rate: float = setting(0.02, "peak rate of muon's matrices", low=1e-6, high=1.0)
+    optimizer: str = setting("adamw", "adamw, or muon for matrices and adamw for the rest", among=("adamw", "muon"))
     weight_decay: float = setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
     max_epochs: int | None = setting(None, "epochs of the cosine; by default enough for about 20,000 steps", low=1)
     warmup: float = setting(0.02, "share of all steps in which the rate rises", low=0.0, high=0.9)
@@ -244,10 +243,10 @@ class _Training:
     def _step(self, batch: dict[str, Any]) -> float:
         """One optimizer step; returns the loss, and the running one where the step was left out."""
         state, settings = self.state, self.settings
-        rate = state["rate_factor"] * _schedule(state["step"], self.total_steps, settings.warmup)
+        rate = state["rate_factor"] * (settings.learning_rate or 0.0) * _schedule(state["step"], self.total_steps, settings.warmup)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * rate
+                group["lr"] = rate
             optimizer.zero_grad(set_to_none=True)
         loss = self.estimator.loss(batch["theta"], batch["x"]).mean()
         loss.backward()
@@ -385,19 +384,14 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def _optimizers(estimator: Estimator, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """AdamW for all, or Muon for hidden matrices and AdamW for the rest; `peak` is each group's peak rate."""
-    rate = settings.learning_rate or 0.0
+    """AdamW for all, or Muon for matrices and AdamW for the rest, at one rate: Muon's updates are scaled to AdamW's size."""
+    rate, decay = settings.learning_rate or 0.0, settings.weight_decay
     parameters = [p for p in estimator.parameters() if p.requires_grad]
-    matrices: list[Tensor] = []
-    if settings.optimizer == "muon":
-        if not hasattr(torch.optim, "Muon"):
-            raise SettingError(f"optimizer = 'muon' needs torch 2.9 or later, this is {torch.__version__}; use adamw")
-        matrices = [p for p in parameters if p.ndim == 2 and min(p.shape) >= 32]
-    inside = {id(p) for p in matrices}
-    rest = [p for p in parameters if id(p) not in inside]
-    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=rate, weight_decay=settings.weight_decay, fused=True)]
-    made[0].param_groups[0]["peak"] = rate
-    if matrices:
-        made.append(torch.optim.Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay))
-        made[1].param_groups[0]["peak"] = settings.muon_learning_rate
-    return made
+    if settings.optimizer == "adamw":
+        return [torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)]
+    if not hasattr(torch.optim, "Muon"):
+        raise SettingError(f"optimizer = 'muon' needs torch 2.9 or later, this is {torch.__version__}; use adamw")
+    matrices = [p for p in parameters if p.ndim == 2]
+    rest = [p for p in parameters if p.ndim != 2]
+    return [torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
+            torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sbiplat.nets import flows
+from sbiplat.nets.made import MaskedInverse
 from sbiplat.nets.standardise import Standardise, robust_scale, soft_clip
 from sbiplat.observation import ObservationSpec
 
@@ -91,3 +92,14 @@ def test_robust_scale_of_constant_features_is_one():
     loc, scale = robust_scale(np.full((100, 3), 2.5))
     np.testing.assert_array_equal(loc, 2.5)
     np.testing.assert_array_equal(scale, 1.0)
+
+
+@pytest.mark.parametrize("name", ["nsf", "maf", "coupling_nsf"])
+@pytest.mark.parametrize("dim", [2, 3, 7])
+def test_the_fast_inverse_is_zukos_own(name, dim):
+    flow, context = made(name, dim).inner.flow, torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
+    y = torch.randn(4, 50, dim, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        for transform in flow.transform.transforms:
+            exact = transform(context[:, None].expand(-1, 50, -1)).inv(y)
+            torch.testing.assert_close(MaskedInverse(transform)(y, context), exact, rtol=1e-4, atol=1e-4)
