@@ -497,9 +497,6 @@ class TorchLaw:
             raise PriorError(f"Prior.joint takes a torch distribution or sp.MultivariateNormal, got {distribution!r}")
         if len(distribution.event_shape) == 0 and len(distribution.batch_shape) == 1:
             distribution = Independent(distribution, 1)
-        if len(distribution.event_shape) != 1 or len(distribution.batch_shape) != 0:
-            raise PriorError(f"Prior.joint: {type(distribution).__name__} has event shape {tuple(distribution.event_shape)} "
-                             f"and batch shape {tuple(distribution.batch_shape)}; it must draw vectors: event (D,), batch ()")
         self._take(_describe_torch(distribution))
 
     @classmethod
@@ -513,7 +510,11 @@ class TorchLaw:
         from torch.distributions import biject_to
 
         self._description, self.distribution = description, _rebuild_torch(description)
-        name, self.dim = type(self.distribution).__name__, math.prod(self.distribution.event_shape)
+        name, event, batch = type(self.distribution).__name__, self.distribution.event_shape, self.distribution.batch_shape
+        if len(event) != 1 or len(batch) != 0:
+            raise PriorError(f"Prior.joint: {name} has event shape {tuple(event)} and batch shape {tuple(batch)}; "
+                             "it must draw vectors: event (D,), batch ()")
+        self.dim = int(event[0])
         self._constraint = _mixed(self.distribution.support)
         try:
             self._bijection = biject_to(self._constraint)

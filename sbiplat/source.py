@@ -61,14 +61,13 @@ def _described(value: Any, seen: dict[int, Any]) -> str:
 
 def _relevant_source(own: Callable[..., Any], seen: dict[int, Any]) -> str:
     """The function or class, what its closure holds, and all that it uses from its own modules, as normalised source."""
-    variables = inspect.getclosurevars(own) if inspect.isfunction(own) else None
-    held = _described(sorted(variables.nonlocals.items()), seen) if variables and variables.nonlocals else ""
+    nonlocals = inspect.getclosurevars(own).nonlocals if inspect.isfunction(own) else {}
+    held = _described(sorted(nonlocals.items()), seen) if nonlocals else ""
     try:
         home = _Module.of(own)
         first = ast.parse(textwrap.dedent(inspect.getsource(own))).body[0]
     except (OSError, TypeError, AttributeError, SyntaxError, IndexError):  # no file: its code, and the globals that it uses
-        used = {k: v for k, v in variables.globals.items() if getattr(v, "function", v) is not own} if variables else {}
-        return f"{_code_text(own)} {_described(sorted(used.items()), seen)} {held}"
+        return f"{_code_text(own, seen)} {held}"
     if hasattr(first, "decorator_list"):
         first.decorator_list = [d for d in first.decorator_list if "simulator" not in ast.unparse(d).split("(")[0]]
     statements = [(home, first)]
@@ -82,13 +81,17 @@ def _relevant_source(own: Callable[..., Any], seen: dict[int, Any]) -> str:
     return "\n".join([texts[0], *sorted(texts[1:]), held])
 
 
-def _code_text(own: Callable[..., Any]) -> str:
-    """The byte code of a function, with that of the functions inside it."""
-    def text(code: CodeType) -> str:
-        constants = [text(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-        return f"{code.co_code.hex()} {code.co_names} {constants}"
-
-    return text(own.__code__) if hasattr(own, "__code__") else f"{own.__module__}.{own.__qualname__}"
+def _code_text(own: Callable[..., Any], seen: dict[int, Any]) -> str:
+    """The byte code of a function, with that of the functions inside it, and the values of the globals that they use."""
+    if not inspect.isfunction(own):
+        return f"{own.__module__}.{own.__qualname__}"
+    codes = [own.__code__]
+    for code in codes:  # grows while it is walked
+        codes.extend(c for c in code.co_consts if isinstance(c, CodeType))
+    texts = [(c.co_code, c.co_names, [k for k in c.co_consts if not isinstance(k, CodeType)]) for c in codes]
+    used = {name: own.__globals__[name] for c in codes for name in c.co_names if name in own.__globals__}
+    others = sorted((k, v) for k, v in used.items() if getattr(v, "function", v) is not own)
+    return f"{texts} {_described(others, seen)}"
 
 
 class _Module:
@@ -100,7 +103,7 @@ class _Module:
     def __init__(self, text: str, folder: Path, root: Path, top: str) -> None:
         self.folder, self.root, self.top = folder, root, top
         self.table: dict[str, list[ast.stmt]] = {}
-        body = ast.parse(text).body
+        body = [part for statement in ast.parse(text).body for part in _one_by_one(statement)]
         imported = {name for s in body if isinstance(s, ast.Import | ast.ImportFrom) for name in _bound(s)}
         for statement in body:
             for name in set(_bound(statement)) - (imported if isinstance(statement, ast.Expr) else set()):
@@ -143,6 +146,15 @@ class _Module:
 @functools.cache
 def _read_module(file: Path, root: Path, top: str) -> _Module:
     return _Module(file.read_text(encoding="utf-8"), file.parent, root, top)
+
+
+def _one_by_one(statement: ast.stmt) -> list[ast.stmt]:
+    """An import of several names as several imports; anything else as it is."""
+    if isinstance(statement, ast.ImportFrom):
+        return [ast.ImportFrom(statement.module, [alias], statement.level) for alias in statement.names]
+    if isinstance(statement, ast.Import):
+        return [ast.Import([alias]) for alias in statement.names]
+    return [statement]
 
 
 def _bound(node: ast.AST) -> Iterator[str]:

@@ -122,7 +122,7 @@ class _Coordinate:
     def label(self, room: int) -> str:
         """Name and unit, on two lines where they do not fit on one of `room` characters."""
         one_line = with_unit(self.name, self.unit, room)
-        if len(self.name) + len(self.unit) + 3 <= room or not self.unit:
+        if len(self.name) + len(self.unit) + 3 <= 0.85 * room or not self.unit:
             return one_line
         return plain(self.name, room) + "\n" + f"[{plain(self.unit, room - 2)}]"
 
@@ -208,8 +208,8 @@ def smoothed(counts: Array) -> Array:
 
     candidates = [gaussian_filter(counts, sigma, mode="reflect") for sigma in SMOOTHINGS]
     scores = [score(density, sigma) for density, sigma in zip(candidates, SMOOTHINGS, strict=True)]
-    good = [density for density, value in zip(candidates, scores, strict=True) if value <= min(scores) + 0.005 * abs(min(scores))]
-    return good[-1]
+    worst = min(scores) + 0.005 * abs(min(scores))
+    return [density for density, value in zip(candidates, scores, strict=True) if value <= worst][-1]
 
 
 def highest_density_levels(density: Array, shares: Sequence[float]) -> list[float]:
@@ -355,7 +355,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Dots:
-    """A few numbers side by side. data (S,), bands (5, S), one label each."""
+    """A few numbers side by side. data (S,), bands (5, S), one label each, of one line or more."""
 
     data: Array
     bands: Array
@@ -394,14 +394,15 @@ def predictive(panels: Sequence[Panel]) -> Figure:
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights)
     used = set()
-    for k, (panel, row, column) in enumerate(cells):
+    first = next((panel for panel in panels if not isinstance(panel, Picture)), None)
+    for panel, row, column in cells:
         used |= {(row, column)} | ({(row, column + 1)} if isinstance(panel, Picture) else set())
         if isinstance(panel, Picture):
             _picture(figure, grid[row], panel)
         elif isinstance(panel, Series):
-            _series(grid[row, column], panel, legend=k == 0)
+            _series(grid[row, column], panel, legend=panel is first)
         else:
-            _dots(grid[row, column], panel, legend=k == 0)
+            _dots(grid[row, column], panel, legend=panel is first, room=110 // columns)
     for row in range(rows):
         for column in range(columns):
             if (row, column) not in used:
@@ -414,8 +415,7 @@ def _series(ax: Axes, panel: Series, legend: bool) -> None:
     ax.fill_between(panel.x, panel.bands[0], panel.bands[4], color=LIGHT, lw=0, label="90 % of simulations")
     ax.fill_between(panel.x, panel.bands[1], panel.bands[3], color=MIDDLE, lw=0, label="50 %")
     ax.plot(panel.x, panel.bands[2], color=DARK, label="median")
-    few = len(panel.x) <= 120
-    ax.plot(panel.x, panel.data, "o" if few else "-", color=INK, ms=3.2, lw=0.8, label="data", zorder=4)
+    ax.plot(panel.x, panel.data, "o", color=INK, ms=3.2 if len(panel.x) <= 120 else 1.8, mew=0, label="data", zorder=4)
     ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=bool((panel.x == panel.x.round()).all())))
     ax.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))
@@ -425,16 +425,17 @@ def _series(ax: Axes, panel: Series, legend: bool) -> None:
         ax.legend(ncols=2)
 
 
-def _dots(ax: Axes, panel: Dots, legend: bool) -> None:
+def _dots(ax: Axes, panel: Dots, legend: bool, room: int) -> None:
     _scale(ax, panel.scale)
     places = np.arange(len(panel.data))
     ax.vlines(places, panel.bands[0], panel.bands[4], color=MIDDLE, lw=2.5, label="90 % of simulations")
     ax.vlines(places, panel.bands[1], panel.bands[3], color=DARK, lw=6, label="50 %")
     ax.plot(places, panel.bands[2], "_", color="white", ms=8, mew=1.6)
     ax.plot(places, panel.data, "o", color="white", mec=INK, ms=5.5, mew=1.5, label="data", zorder=4)
-    long = max(map(len, panel.labels)) * len(places) > 110
-    ax.set_xticks(places, [plain(label, 22) for label in panel.labels], rotation=45 if long else 0,
-                  ha="right" if long else "center", rotation_mode="anchor")
+    labels = [[plain(line, 22) for line in label.split("\n")] for label in panel.labels]
+    long = len(places) * max(len(line) for lines in labels for line in lines) > room
+    ax.set_xticks(places, ["\n".join(lines) for lines in labels], rotation=45 if long else 0,
+                  ha="right" if long else "center", rotation_mode="anchor" if long else "default")
     ax.tick_params(axis="x", length=0)
     ax.set_xlim(-0.7, len(places) - 0.3)
     ax.set(ylabel=panel.ylabel, title=panel.title)

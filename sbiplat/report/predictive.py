@@ -142,7 +142,7 @@ def _dots(spec: ObservationSpec, name: str, data: Array, simulated: Array) -> Do
     ylabel = with_unit("x" if spec.plain else name, spec.unit)
     spread = np.maximum(simulated.std(0), 1e-300)
     if scale != "log" and spread.max() > 30 * np.ptp(bands, axis=0).min():
-        labels = tuple(f"{label} = {value:.3g}" for label, value in zip(labels, values, strict=True))
+        labels = tuple(f"{label}\n= {value:.3g}" for label, value in zip(labels, values, strict=True))
         values, bands, scale = (values - bands[2]) / spread, (bands - bands[2]) / spread, "linear"
         ylabel = "(x - predictive median) / predictive sd"
         off = float(np.abs(values).max())

@@ -1,0 +1,32 @@
+"""Simulators for tests of the farm, in a file that worker processes and MPI ranks can load."""
+
+import os
+import time
+
+import numpy as np
+
+import sbiplat as sp
+
+PRIOR = sp.Prior({"a": sp.Uniform(0.0, 1.0), "b": sp.Gamma(2.0, 3.0, unit="s")})
+
+
+@sp.simulator(prior=PRIOR, x_shape={"trace": (3,), "count": ()}, dtype="float64")
+def rowwise(theta, rng):
+    """A row in about 0.3 ms; some fail."""
+    time.sleep(2e-4)
+    if rng.random() < 0.1:
+        raise ValueError("unlucky\nrow")
+    return {"trace": theta[0] + rng.standard_normal(3), "count": np.nan if rng.random() < 0.1 else theta[1]}
+
+
+@sp.simulator(prior=PRIOR, x_shape=(4,), batched=True)
+def batchwise(theta, rng):
+    return theta[:, :1] + rng.standard_normal((len(theta), 4))
+
+
+@sp.simulator(prior=PRIOR, x_shape=(2,))
+def dies(theta, rng):
+    """Kills its process in a worker, once the contract check is over."""
+    if os.environ.get("SBIPLAT_TEST_DIE"):
+        os.kill(os.getpid(), 9)
+    return theta

@@ -1,0 +1,218 @@
+"""The commands, as a user types them: what they do, what they say of a mistake, and their exit codes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+BIN = Path(sys.executable).parent
+
+PULSE = '''
+import numpy as np
+import sbiplat as sp
+
+@sp.simulator(prior=sp.Prior({"height": sp.Uniform(0.1, 1.0, unit="V"), "when": sp.Normal(0.0, 1.0, unit="s")}), x_shape=(6,),
+              x_axis=("t", range(6)), x_unit="V")
+def pulse(theta, rng):
+    """A pulse of some height at some time, in noise."""
+    t = np.linspace(-2, 2, 6)
+    return theta[0] * np.exp(-0.5 * (t - theta[1]) ** 2) + 0.1 * rng.standard_normal(6)
+
+@sp.simulator(prior=sp.Prior({"a": sp.Uniform(0, 1)}), x_shape=(3,))
+def misshapen(theta, rng):
+    return np.zeros(4)
+
+not_one = 3
+'''
+TINY = ["--set", "flow=gaussian", "--set", "max_epochs=6", "--set", "batch_size=64", "--set", "embedding_hidden=[32]"]
+
+
+def sbiplat(*words, cwd=None, env=None):
+    return subprocess.run([BIN / "sbiplat", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=240, env=env)
+
+
+def mistake(result, code=2):
+    """The one line on standard error of a user's mistake."""
+    assert result.returncode == code, (result.returncode, result.stdout, result.stderr)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A user's own folder, outside the project, after simulate and train."""
+    place = tmp_path_factory.mktemp("user")
+    (place / "mine.py").write_text(PULSE)
+    made = sbiplat("simulate", "mine.py:pulse", "--n", 3000, "--seed", 1, "--out", "b", "--workers", 2, cwd=place)
+    assert made.returncode == 0, made.stderr
+    trained = sbiplat("train", "b", "--estimator", "npe", "--out", "r", *TINY, cwd=place)
+    assert trained.returncode == 0, trained.stderr
+    rng = np.random.default_rng(0)
+    np.save(place / "x.npy", 0.5 * np.exp(-0.5 * np.linspace(-2, 2, 6) ** 2) + 0.1 * rng.standard_normal(6))
+    return place
+
+
+def test_a_users_own_simulator_goes_through_every_command(place):
+    card = json.loads(sbiplat("simulators", "mine.py:pulse", "--json", cwd=place).stdout)
+    assert card["check"]["finite"] == 1.0
+    info = json.loads(sbiplat("bank", "info", "b", "--json", cwd=place).stdout)
+    assert info["rows"] == 3000
+    assert info["status"]["ok"] == 3000
+    assert sbiplat("bank", "verify", "b", cwd=place).returncode == 0
+    assert sbiplat("bank", "pack", "b", "--out", "b.h5", cwd=place).returncode == 0
+    assert json.loads(sbiplat("bank", "info", "b.h5", "--json", cwd=place).stdout)["digest"] == info["digest"]
+    refused = sbiplat("sample", "r", "--observation", "x.npy", "--n", 10, "--out", "d.csv", cwd=place)
+    assert "has not been through the gate" in mistake(refused, 4)
+    assert not (place / "d.csv").exists()
+    gated = sbiplat("gate", "r", "--json", cwd=place)
+    certificate = json.loads((place / "r" / "certificate.json").read_text())
+    assert gated.returncode == (0 if certificate["passed"] else 3)
+    assert json.loads(gated.stdout) == certificate
+    assert certificate["digests"]["bank"] == info["digest"]
+    for suffix in ("csv", "h5", "nc"):
+        result = sbiplat("sample", "r", "--observation", "x.npy", "--n", 500, "--out", f"d.{suffix}", "--allow-uncertified", cwd=place)
+        assert result.returncode == 0, result.stderr
+    lines = (place / "d.csv").read_text().splitlines()
+    assert lines[0] == "height,when"
+    assert len(lines) == 501
+    draws = np.loadtxt(place / "d.csv", delimiter=",", skiprows=1)
+    with h5py.File(place / "d.h5") as file:
+        np.testing.assert_allclose(file["theta"][:], draws, rtol=1e-12)
+        assert list(file["theta"].attrs["units"]) == ["V", "s"]
+    assert ((draws[:, 0] >= 0.1) & (draws[:, 0] <= 1.0)).all()
+    reported = sbiplat("report", "r", "--observation", "x.npy", "--simulator", "mine.py:pulse", cwd=place)
+    assert reported.returncode == 0, reported.stderr
+    assert "<html" in (place / "r" / "report.html").read_text()[:300]
+
+
+def test_train_again_returns_at_once_and_other_settings_are_refused(place):
+    before = (place / "r" / "weights.safetensors").read_bytes()
+    assert sbiplat("train", "b", "--estimator", "npe", "--out", "r", *TINY, cwd=place).returncode == 0
+    assert (place / "r" / "weights.safetensors").read_bytes() == before
+    line = mistake(sbiplat("train", "b", "--out", "r", *TINY, "--seed", 4, cwd=place))
+    assert "was begun with seed = 0, not 4" in line
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["simulate", "two_mons", "--n", 9, "--seed", 1, "--out", "z"], "did you mean two_moons"),
+    (["simulate", "mine.py:puls", "--n", 9, "--seed", 1, "--out", "z"], "simulators there: pulse, misshapen"),
+    (["simulate", "mine.py:not_one", "--n", 9, "--seed", 1, "--out", "z"], "is not decorated with @sp.simulator"),
+    (["simulate", "gone.py:pulse", "--n", 9, "--seed", 1, "--out", "z"], "no simulator file at"),
+    (["simulate", "mine.py:misshapen", "--n", 9, "--seed", 1, "--out", "z"], "x has shape (4,), declared is (3,)"),
+    (["simulate", "mine.py:pulse", "--n", 0, "--seed", 1, "--out", "z"], "n must be a whole number of at least 1"),
+    (["simulate", "mine.py:pulse", "--n", "many", "--seed", 1, "--out", "z"], "'--n'"),
+    (["simulate", "mine.py:pulse", "--n", 9, "--out", "z"], "--seed"),
+    (["simulate", "mine.py:pulse", "--n", 5000, "--seed", 2, "--out", "b"], "use --seed 1, or another --out"),
+    (["simulate", "two_moons", "--n", 5000, "--seed", 1, "--out", "b"], "another --out"),
+    (["simulate", "mine.py:pulse", "--n", 9, "--seed", 1, "--out", "mine.py"], "another --out"),
+    (["bank", "info", "gone"], "no bank at gone"),
+    (["bank", "info", "mine.py"], "not a packed bank"),
+    (["train", "gone", "--out", "z"], "no bank at gone"),
+    (["train", "b", "--out", "z", "--set", "flow=nfs"], "one of nsf"),
+    (["train", "b", "--out", "z", "--set", "flow"], "expected key=value"),
+    (["train", "b", "--out", "z", "--config", "gone.toml"], "no settings file at gone.toml"),
+    (["train", "b", "--out", "z", "--config", "mine.py"], "is not TOML"),
+    (["train", "b", "--out", "b"], "holds other files"),
+    (["gate", "gone"], "no run at gone"),
+    (["gate", "b"], "is this a run?"),
+    (["gate", "r", "--set", "pair=3"], "did you mean pairs"),
+    (["sample", "r", "--observation", "gone.npy", "--n", 5, "--out", "z.csv", "--allow-uncertified"], "no observation file at gone.npy"),
+    (["sample", "r", "--observation", "x.npy", "--n", 5, "--out", "z.txt", "--allow-uncertified"], ".nc (ArviZ), .h5 or .csv"),
+    (["sample", "r", "--observation", "x.npy", "--n", 5, "--out", "no/z.csv", "--allow-uncertified"], "there is no folder no"),
+    (["sample", "r", "--observation", "x.npy", "--n", 0, "--out", "z.csv", "--allow-uncertified"], "n must be a whole number"),
+    (["report", "gone"], "no run at gone"),
+    (["run", "gone.toml"], "no settings file at gone.toml"),
+    (["frobnicate"], "frobnicate"),
+])
+def test_a_users_mistake_is_one_line_and_exit_2(place, words, says):
+    assert says in mistake(sbiplat(*words, cwd=place))
+    assert not (place / "z").exists(), "nothing is left behind"
+
+
+def test_bad_observations_are_one_line(place):
+    for name, array, says in (("short", np.zeros(5), "(6,)"), ("nan", np.r_[np.zeros(5), np.nan], "NaN")):
+        np.save(place / f"{name}.npy", array)
+        line = mistake(sbiplat("sample", "r", "--observation", f"{name}.npy", "--n", 5, "--out", "z.csv", "--allow-uncertified", cwd=place))
+        assert says in line
+    np.save(place / "evil.npy", np.array([print], dtype=object), allow_pickle=True)
+    mistake(sbiplat("sample", "r", "--observation", "evil.npy", "--n", 5, "--out", "z.csv", "--allow-uncertified", cwd=place))
+
+
+def test_debug_shows_the_traceback(place):
+    result = sbiplat("bank", "info", "gone", "--debug", cwd=place)
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("command", [[], ["bank"], ["simulators"], ["simulate"], ["bank", "info"], ["bank", "verify"], ["bank", "pack"], ["train"],
+                                     ["gate"], ["sample"], ["report"], ["run"]])
+def test_every_command_has_help_with_an_example(command):
+    result = sbiplat(*command, "--help")
+    assert result.returncode == 0
+    assert "Example: sbiplat" in result.stdout or command in ([], ["bank"])
+
+
+def test_commands_that_need_no_torch_do_not_import_it(place):
+    code = "import sys\nfrom sbiplat import cli\nsys.argv = ['sbiplat', *{words!r}]\ntry:\n    cli.main()\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
+    for words in (["--help"], ["simulators"], ["simulators", "two_moons"], ["simulate", "two_moons", "--n", "100", "--seed", "1", "--out", "light"],
+                  ["bank", "info", "light"]):
+        done = subprocess.run([sys.executable, "-c", code.format(words=words)], cwd=place, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+
+
+def test_ctrl_c_stops_a_training_cleanly_and_the_same_command_resumes(place):
+    words = ["train", "b", "--out", "long", "--set", "flow=gaussian", "--set", "max_epochs=400", "--set", "patience=400", "--set", "batch_size=64"]
+    process = subprocess.Popen([BIN / "sbiplat", *words], cwd=place, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    metrics = place / "long" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "the same command resumes" in stderr
+    assert "Traceback" not in stderr
+    assert (place / "long" / "checkpoint" / "state.safetensors").exists()
+    assert "has not finished" in mistake(sbiplat("gate", "long", cwd=place))
+
+
+def test_ctrl_c_stops_a_simulation_cleanly_and_the_same_command_resumes(tmp_path):
+    slow = PULSE.replace('"""A pulse of some height at some time, in noise."""', "import time; time.sleep(0.002)")
+    (tmp_path / "mine.py").write_text(slow)
+    words = ["simulate", "mine.py:pulse", "--n", "1500", "--seed", "1", "--out", "b", "--workers", "2"]
+    process = subprocess.Popen([BIN / "sbiplat", *words], cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not list((tmp_path / "b" / "segments").glob("0*.h5") if (tmp_path / "b").exists() else []):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "rows are kept" in stderr
+    kept = json.loads(sbiplat("bank", "info", "b", "--json", cwd=tmp_path).stdout)
+    assert 0 < kept["present"] < 1500
+    assert "lacks" in mistake(sbiplat("train", "b", "--out", "r", cwd=tmp_path))
+    resumed = sbiplat(*words, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert sbiplat(*[w if w != "b" else "whole" for w in words], cwd=tmp_path).returncode == 0
+    digests = [json.loads(sbiplat("bank", "info", b, "--json", cwd=tmp_path).stdout)["digest"] for b in ("b", "whole")]
+    assert digests[0] == digests[1]
+
+
+def test_mpi_ranks_and_one_worker_give_banks_of_the_same_digest(tmp_path):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ranks = subprocess.run([BIN / "mpiexec", "-n", "3", BIN / "sbiplat", "simulate", "two_moons", "--n", "20000", "--seed", "1", "--out", "b3"],
+                           cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment)
+    assert ranks.returncode == 0, ranks.stderr
+    one = sbiplat("simulate", "two_moons", "--n", 20000, "--seed", 1, "--out", "b1", "--workers", 1, cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    digests = [json.loads(sbiplat("bank", "info", b, "--json", cwd=tmp_path).stdout)["digest"] for b in ("b1", "b3")]
+    assert digests[0] == digests[1]
+    assert ranks.stdout.count("digest") == 1, "one rank speaks for all"
