@@ -162,7 +162,9 @@ def bank_verify(bank: BankPath, as_json: Json = False) -> None:
 
 @bank_app.command("pack", epilog="Example: sbiplat bank pack moons.bank --out moons.h5")
 def bank_pack(
-    bank: BankPath, out: Annotated[Path | None, typer.Option(help="The file; by default BANK with the suffix .h5.")] = None, as_json: Json = False
+    bank: BankPath,
+    out: Annotated[Path | None, typer.Option(help="The file; by default BANK with the suffix .h5.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Copy a bank into one ordinary, self-contained .h5 file."""
     from sbiplat.bank.bank import Bank
@@ -220,7 +222,8 @@ def gate(
 
 
 def _verdict_lines(certificate: Any) -> list[str]:
-    lines = [f"{'passed ' if c.passed else 'REFUSED'}  {c.name:24} {c.statement}" + (f"; {c.mend}" if c.mend else "") for c in certificate.criteria]
+    lines = [f"{'passed ' if c.passed else 'REFUSED'}  {c.name:24} {c.statement}" + (f"; {c.mend}" if c.mend else "")
+             for c in certificate.criteria]
     lines.append(f"not tested yet: {', '.join(certificate.content['not_tested'])}")
     verdict = "certified" if certificate.passed else f"REFUSED by {', '.join(c.name for c in certificate.failed)}"
     return [*lines, f"{certificate.run_path}: {verdict}; certificate {certificate.sha256}"]
@@ -236,7 +239,9 @@ def sample(
     n: Annotated[int, typer.Option(help="Draws for each observation.")],
     out: Annotated[Path, typer.Option(help=".nc (ArviZ), .h5 or .csv")],
     seed: Seed = 0,
-    allow_uncertified: Annotated[bool, typer.Option("--allow-uncertified", help="Draw from a posterior that the gate has not passed.")] = False,
+    allow_uncertified: Annotated[
+        bool, typer.Option("--allow-uncertified", help="Draw from a posterior that the gate has not passed.")
+    ] = False,
     embedding: Embedding = None,
     as_json: Json = False,
 ) -> None:
@@ -282,7 +287,9 @@ def report(
 
 
 @app.command(epilog="Example: sbiplat run workflows/predator_prey.toml")
-def run(workflow: Annotated[Path, typer.Argument(metavar="WORKFLOW.toml", help="What to simulate, train, gate and report.")], as_json: Json = False) -> None:
+def run(
+    workflow: Annotated[Path, typer.Argument(metavar="WORKFLOW.toml", help="What to simulate, train, gate and report.")], as_json: Json = False
+) -> None:
     """Simulate, train, gate, sample and report; finished stages are skipped; exit 3 if the gate refuses."""
     from sbiplat.workflow import run_workflow
 

@@ -18,33 +18,41 @@
     observation = "pulse.csv"
     n = 10_000
 
-A stage depends on its own table and on what the stages before it made, as digests. When one changes, what stood there
-is set aside under another name, never deleted, and the stage runs again and says why. OUT/workflow.json remembers.
+A stage depends on its own table and on what the stages before it made, as digests. When one changes, the stage runs
+again and says why; the bank, run or draws that stood there are set aside under another name, never deleted, while the
+certificate and the report are written anew. OUT/workflow.json remembers. All tables and files are read before the
+first stage: a mistake in the last one should not cost a simulation.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from sbiplat import __version__, files
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.bank import simulate as simulate_bank
+from sbiplat.bank.farm import mpi_world
 from sbiplat.bank.layout import Header
-from sbiplat.errors import BankError, OtherTraining, RunError, SettingError, Uncertified
+from sbiplat.errors import BankError, OtherTraining, SettingError, Uncertified, UserError
+from sbiplat.estimators.base import Architecture, find
 from sbiplat.gate.certificate import Certificate, load
 from sbiplat.gate.certificate import gate as gate_run
 from sbiplat.gate.criteria import Criteria
+from sbiplat.nets import embeddings
 from sbiplat.observation import read_observation
 from sbiplat.posteriors.export import check_target, write_draws
 from sbiplat.report.page import report as write_report
 from sbiplat.runs import Run
-from sbiplat.settings import build, read_toml, setting, unknown
+from sbiplat.settings import build, read_toml, setting, split, unknown
 from sbiplat.simulator import Simulator, resolve
-from sbiplat.training.trainer import train
+from sbiplat.training.trainer import TrainSettings, train
+
+TABLES = ("simulate", "train", "gate", "sample")
 
 
 @dataclass(frozen=True)
@@ -59,13 +67,28 @@ class SimulateTable:
 
 
 @dataclass(frozen=True)
+class TrainTable:
+    """[train], with the fields of `TrainSettings` and of the estimator's own settings."""
+
+    estimator: str = setting("npe", "the estimator")
+    seed: int = setting(0, "seed of the training", low=0)
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """[gate], with the fields of `Criteria`."""
+
+    seed: int = setting(0, "seed of the gate", low=0)
+
+
+@dataclass(frozen=True)
 class SampleTable:
     """[sample]"""
 
     observation: str = setting("", "file of the observation")
     n: int = setting(10_000, "draws", low=1)
     seed: int = setting(0, "seed of the draws", low=0)
-    out: str = setting("posterior.nc", "file of draws in the workflow's folder: .nc, .h5 or .csv")
+    out: str = setting("posterior.nc", "name of the file of draws in OUT: .nc, .h5 or .csv")
 
 
 @dataclass(frozen=True)
@@ -96,43 +119,67 @@ class _Workflow:
 
     def __init__(self, path: Path, say: Callable[[str], None]) -> None:
         tables = read_toml(path)
-        for name in tables:
-            if name not in ("out", "simulate", "train", "gate", "sample"):
-                raise SettingError(f"{path}: {str(unknown(name, ['out', 'simulate', 'train', 'gate', 'sample'])).replace('setting', 'table')}")
-        for name in ("simulate", "train"):
-            if not isinstance(tables.get(name), dict):
-                raise SettingError(f"{path}: it needs a table [{name}]")
-        if not isinstance(tables.get("out"), str):
-            raise SettingError(f'{path}: it needs out = "folder" before the first table')
         self.path, self.folder, self.say = path, path.resolve().parent, say
+        self._check_tables(tables)
         self.out = self.folder / tables["out"]
-        try:
+        with self._mistakes_in("simulate"):
             self.simulate: SimulateTable = build(SimulateTable, tables["simulate"])
-            self.train: dict[str, Any] = dict(tables["train"])
-            gate = dict(tables.get("gate", {}))
-            self.gate_seed = int(gate.pop("seed", 0))
-            self.gate: Criteria = build(Criteria, gate)
-            self.sample: SampleTable | None = build(SampleTable, tables["sample"]) if "sample" in tables else None
-        except SettingError as error:
-            raise SettingError(f"{path}: {error}") from None
-        if not self.simulate.simulator or not self.simulate.n:
-            raise SettingError(f"{path}: [simulate] needs simulator and n")
-        if self.sample is not None and not self.sample.observation:
-            raise SettingError(f"{path}: [sample] needs an observation")
-        if "embedding" in self.train:
-            self.train["embedding"] = self._place(str(self.train["embedding"]))
+            if not self.simulate.simulator or not self.simulate.n:
+                raise SettingError("it needs simulator and n")
+        with self._mistakes_in("train"):
+            own, self.train = _apart(TrainTable, tables["train"])
+            self.estimator, self.seed = own.estimator, own.seed
+            if "embedding" in self.train:
+                self.train["embedding"] = self._place(str(self.train["embedding"]))
+            self._check_training()
+        with self._mistakes_in("gate"):
+            own, rest = _apart(GateTable, tables.get("gate", {}))
+            self.gate_seed, self.gate = own.seed, build(Criteria, rest)
+        self.sample: SampleTable | None = None
+        if "sample" in tables:
+            with self._mistakes_in("sample"):
+                self.sample = build(SampleTable, tables["sample"])
+                self._check_draws(self.sample)
         self.stages: list[tuple[str, str, str]] = []
 
+    def _check_tables(self, tables: Mapping[str, Any]) -> None:
+        for name in tables:
+            if name not in ("out", *TABLES):
+                raise SettingError(f"{self.path}: {str(unknown(name, ['out', *TABLES])).replace('setting', 'table')}")
+        for name in TABLES:
+            if (name in tables or name in ("simulate", "train")) and not isinstance(tables.get(name), dict):
+                raise SettingError(f"{self.path}: it needs a table [{name}]")
+        if not isinstance(tables.get("out"), str) or not tables["out"].strip():
+            raise SettingError(f'{self.path}: it needs out = "folder" before the first table')
+
+    def _check_training(self) -> None:
+        theirs = find(self.estimator).settings_class
+        ours, rest = split(self.train, TrainSettings, theirs)
+        build(TrainSettings, ours)
+        build(theirs, rest)
+
+    def _check_draws(self, table: SampleTable) -> None:
+        if not table.observation:
+            raise SettingError("it needs an observation")
+        if Path(table.out).name != table.out:
+            raise SettingError(f"out = {table.out!r}: expected the name of a file, which goes into the workflow's out")
+        check_target(self.folder / table.out)
+
     def run(self) -> Result:
-        simulator = resolve(self._place(self.simulate.simulator))
-        observation = self._observation(simulator)
+        if mpi_world() is not None:
+            raise SettingError(f"{self.path}: a workflow runs as one process; fill its bank under mpiexec with `sbiplat simulate "
+                               f"{self.simulate.simulator} --n {self.simulate.n} --seed {self.simulate.seed} --out {self.out / 'bank'}`, "
+                               "then run the workflow without mpiexec")
+        with self._mistakes_in("simulate"):
+            simulator = resolve(self._place(self.simulate.simulator))
+        with self._mistakes_in("sample"):
+            observation = self._observation(simulator)
+        with self._mistakes_in("train"):
+            self._check_net(simulator)
         bank = self._simulate(simulator)
         run = self._train(bank)
         certificate = self._gate(run, bank)
-        if certificate.passed and self.sample is not None:
-            self._sample(run, observation)
-        elif self.sample is not None:
-            self._note("sample", "skipped", "the posterior was refused")
+        self._sample(run, certificate, observation)
         self._report(run, certificate, observation, simulator)
         return Result(self.out, tuple(self.stages), certificate.passed,
                       {"bank": bank.digest, "weights": run.weights_digest, "certificate": certificate.sha256})
@@ -140,11 +187,18 @@ class _Workflow:
     # ------------------------------------------------------------------------------------------------------ stages
 
     def _observation(self, simulator: Simulator) -> Any:
-        """Read first: a mistake in it should not cost a simulation."""
         if self.sample is None:
             return None
-        check_target(self.folder / self.sample.out)
         return read_observation(self.folder / self.sample.observation, simulator.x)
+
+    def _check_net(self, simulator: Simulator) -> None:
+        """Make the net once: an embedding that cannot take this x is told of now."""
+        theirs = find(self.estimator).settings_class
+        _, rest = split(self.train, TrainSettings, theirs)
+        if "embedding" in rest:
+            rest["embedding"] = embeddings.register(rest["embedding"])
+        prior = simulator.prior
+        Architecture(self.estimator, build(theirs, rest), prior.dim, simulator.x, prior.gaussianised).build()
 
     def _simulate(self, simulator: Simulator) -> Bank:
         table, path = self.simulate, self.out / "bank"
@@ -154,54 +208,82 @@ class _Workflow:
             try:
                 have.header.check_same(wanted if table.block_size else replace(wanted, block_size=have.header.block_size), path)
             except BankError as reason:
-                self._set_aside(path, str(reason))
+                self._set_aside(path, _what_differs(reason))
             else:
                 if have.complete and have.rows >= table.n:
                     self._note("simulate", "skipped", f"{have.rows} rows are there")
                     return have.first(table.n)
         made = simulate_bank(simulator, table.n, table.seed, path, workers=table.workers, block_size=table.block_size)
+        made = made.first(table.n)  # a bank that was wanted larger before, and was not finished then
         self._note("simulate", "done", f"{table.n} rows, digest {made.digest[:12]}")
         return made
 
     def _train(self, bank: Bank) -> Run:
-        settings = dict(self.train)
-        estimator, seed = settings.pop("estimator", "npe"), settings.pop("seed", 0)
         path = self.out / "run"
         finished = (path / "run.json").exists() and Run.open(path).finished
         try:
-            run = train(bank, estimator, out=path, seed=seed, **settings)
+            run = train(bank, self.estimator, out=path, seed=self.seed, **self.train)
         except OtherTraining as reason:
-            self._set_aside(path, str(reason))
-            finished, run = False, train(bank, estimator, out=path, seed=seed, **settings)
+            self._set_aside(path, _what_differs(reason))
+            finished, run = False, train(bank, self.estimator, out=path, seed=self.seed, **self.train)
         loss = run.record["outcome"]["validation_loss"]
         self._note("train", "skipped" if finished else "done", f"held-out loss {loss:.4f}")
         return run
 
     def _gate(self, run: Run, bank: Bank) -> Certificate:
-        try:
-            old = Certificate.read(run)
-            if old.passed:
-                old.require(run)
-            same = (old.content["thresholds"] == asdict(self.gate) and old.content["seeds"]["gate"] == self.gate_seed
-                    and old.content["digests"]["weights"] == run.weights_digest and old.content["digests"]["bank"] == bank.digest)
-            reason = "" if same else "the gate's settings or the weights have changed"
-        except Uncertified as error:
-            old, reason = None, str(error)
+        old, reason = self._old_certificate(run, bank)
         if old is not None and not reason:
             self._note("gate", "skipped", f"the certificate {'holds' if old.passed else 'says refused'}")
             return old
-        if old is not None:
+        if reason:
             self.say(f"gate: again, since {reason}")
         certificate = gate_run(run, seed=self.gate_seed, bank=bank.path, **asdict(self.gate))
-        self._note("gate", "done", "certified" if certificate.passed else "REFUSED by " + ", ".join(c.name for c in certificate.failed))
+        verdict = "certified" if certificate.passed else "REFUSED by " + ", ".join(c.name for c in certificate.failed)
+        self._note("gate", "done", verdict)
         return certificate
 
-    def _sample(self, run: Run, observation: Any) -> None:
-        table, target = self.sample, self.out / self.sample.out
-        key = {**asdict(table), "observation": files.digest_file(self.folder / table.observation), "weights": run.weights_digest}
-        if target.exists() and self._remembered("sample") == key:
+    def _old_certificate(self, run: Run, bank: Bank) -> tuple[Certificate | None, str]:
+        """The certificate that stands there, and why the gate has to be gone through again; ("" where it has not)."""
+        if not (run.path / "certificate.json").exists():
+            return None, ""
+        try:
+            old = Certificate.read(run)
+        except Uncertified:
+            return None, "the certificate is damaged"
+        content, digests = old.content, old.content["digests"]
+        if files.digest_of({k: v for k, v in content.items() if k != "sha256"}) != old.sha256:
+            return None, "the certificate was altered"
+        wanted = asdict(self.gate)
+        had = content.get("thresholds", {})
+        differs = [f"{k} = {wanted[k]!r}, not {had.get(k)!r}" for k in wanted if had.get(k) != wanted[k]]
+        if content.get("seeds", {}).get("gate") != self.gate_seed:
+            differs.append(f"seed = {self.gate_seed}, not {content.get('seeds', {}).get('gate')}")
+        if differs:
+            return old, f"[gate] now says {differs[0]}"
+        now = {"weights": run.weights_digest, "config": run.config_digest, "bank": bank.digest}
+        other = [what for what in now if digests.get(what) != now[what]]
+        return old, f"the certificate is for other {other[0]}" if other else ""
+
+    def _sample(self, run: Run, certificate: Certificate, observation: Any) -> None:
+        """Draw, where the posterior is certified; draws of another posterior or observation do not stay under this name."""
+        table = self.sample
+        if table is None:
+            return
+        target = self.out / table.out
+        key = {**asdict(table), "observation": files.digest_file(self.folder / table.observation), "certificate": certificate.sha256}
+        before = self._remembered("sample")
+        if not certificate.passed:
+            if target.exists():
+                self._set_aside(target, "the posterior was refused", "sample")
+            self._note("sample", "skipped", "the posterior was refused")
+            return
+        if target.exists() and before == key:
             self._note("sample", "skipped", f"{target.name} is there")
             return
+        if target.exists():
+            before = before if isinstance(before, Mapping) else {}
+            differs = [k for k in key if before.get(k) != key[k]]
+            self._set_aside(target, f"the {differs[0]} has changed" if differs else "it is not known what made it", "sample")
         posterior = load(run)
         theta = posterior.sample(observation, table.n, seed=table.seed)
         write_draws(target, posterior.prior, *posterior.x.batch(observation), theta, table.seed, posterior.provenance)
@@ -222,28 +304,53 @@ class _Workflow:
 
     # ----------------------------------------------------------------------------------------------------- helpers
 
+    @contextmanager
+    def _mistakes_in(self, table: str) -> Iterator[None]:
+        """A user's mistake in a table names the file and the table."""
+        try:
+            yield
+        except UserError as error:
+            raise type(error)(f"{self.path}: [{table}] {error}") from None
+
     def _place(self, spec: str) -> str:
         """`file.py:object` relative to the workflow's folder; names as they are."""
-        file, colon, attribute = spec.rpartition(":")
-        return f"{self.folder / file}:{attribute}" if colon and file.endswith(".py") else spec
+        file, colon, attribute = (f"{spec}:" if spec.endswith(".py") else spec).rpartition(":")
+        if not file.endswith(".py"):
+            return spec
+        return f"{self.folder / file}{colon if attribute else ''}{attribute}"
 
     def _note(self, stage: str, outcome: str, remark: str) -> None:
         self.stages.append((stage, outcome, remark))
         self.say(f"{stage}: {outcome}; {remark}")
 
-    def _set_aside(self, path: Path, reason: str) -> None:
-        """Move what another setting made out of the way, under a name that is free."""
-        taken = [int(m[1]) for p in path.parent.glob(f"{path.name}.old-*") if (m := re.fullmatch(rf"{path.name}\.old-(\d+)", p.name))]
-        target = path.with_name(f"{path.name}.old-{max(taken, default=0) + 1}")
+    def _set_aside(self, path: Path, reason: str, stage: str = "") -> None:
+        """Move what another setting made out of the way, under a name that is free: bank.old-1, posterior.old-1.nc."""
+        stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
+        name = re.compile(rf"{re.escape(stem)}\.old-(\d+){re.escape(suffix)}")
+        taken = [int(m[1]) for p in path.parent.iterdir() if (m := name.fullmatch(p.name))]
+        target = path.with_name(f"{stem}.old-{max(taken, default=0) + 1}{suffix}")
         path.rename(target)
-        self.say(f"{path.name}: again, since {reason}; the old one is kept as {target.name}")
+        self.say(f"{stage or path.name}: again, since {reason}; the old one is kept as {target.name}")
 
     def _memory(self) -> dict[str, Any]:
-        path = self.out / "workflow.json"
-        return files.read_json(path, "workflow.json", RunError) if path.exists() else {}
+        try:
+            return files.read_json(self.out / "workflow.json", "workflow.json", UserError)
+        except UserError:  # absent or damaged: the stage is run again
+            return {}
 
     def _remembered(self, stage: str) -> Any:
         return self._memory().get(stage)
 
     def _remember(self, stage: str, key: Any) -> None:
         files.write_json(self.out / "workflow.json", {**self._memory(), stage: key})
+
+
+def _apart(cls: type[Any], table: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A table as the settings of `cls`, and what is left of it."""
+    own = {f.name for f in fields(cls)}
+    return build(cls, {k: v for k, v in table.items() if k in own}), {k: v for k, v in table.items() if k not in own}
+
+
+def _what_differs(reason: UserError) -> str:
+    """The first half of a message of the form "what differs; the mend": here it is mended by itself."""
+    return str(reason).partition("; ")[0]

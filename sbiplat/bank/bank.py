@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import socket
+import time
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator
@@ -27,11 +28,13 @@ from numpy.typing import NDArray
 from sbiplat import files
 from sbiplat.bank import farm, index, segment
 from sbiplat.bank.farm import one_fate, together
-from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header, pieces
+from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header, default_rows_per_segment, pieces, row_bytes
 from sbiplat.bank.segment import Opened, Segment, dataset_names, row_shapes
 from sbiplat.errors import BankError, SettingError
 from sbiplat.progress import Progress, silent
 from sbiplat.simulator import Simulator, check, resolve
+
+LOCK_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -243,10 +246,14 @@ class Bank:
         """Copy the bank into one ordinary .h5 file, which `Bank.open` opens as well; bounded memory."""
         self.require_complete()
         out = Path(out)
-        rows_at_once = max(self.header.block_size, 64 * 2**20 // (self.header.x.row_bytes + 8 * self.header.prior.dim + 1)
-                           // self.header.block_size * self.header.block_size)
-        with files.disk_errors(out), files.atomic_path(out) as temporary, h5py.File(temporary, "w") as file, \
-                progress.task("pack", self.rows) as advance:
+        with files.disk_errors(out), files.atomic_path(out) as temporary:
+            _make_room(temporary, self.rows * row_bytes(self.header))
+            self._pack_into(temporary, progress)
+        return out
+
+    def _pack_into(self, path: Path, progress: Progress) -> None:
+        rows_at_once = default_rows_per_segment(self.header)
+        with h5py.File(path, "w") as file, progress.task("pack", self.rows) as advance:
             for name, (shape, dtype) in row_shapes(self.header).items():
                 file.create_dataset(name, (self.rows, *shape), dtype)
             hashes = []
@@ -261,7 +268,12 @@ class Bank:
             file.attrs.update({"format": "sbiplat bank 1", "bank_uid": self.header.uid, "first_row": 0, "digest": self.digest,
                                "parameters": list(self.header.prior.names), "units": list(self.header.prior.units)})
             file["header"] = json.dumps(self.header.to_json())
-        return out
+
+
+def _make_room(path: Path, size: int) -> None:
+    """Raise OSError now if the disk or a quota has no room for `size` bytes: HDF5 may crash when it finds out midway."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
 
 
 def _read_header(path: Path) -> Header:
@@ -449,17 +461,26 @@ def _shown(order: _Order, gaps: Gaps) -> Iterator[Any]:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Make the bank's directory and hold its lock."""
+    """Make the bank's directory and hold its lock; a job that was just killed may take a moment to let go of it."""
     with files.disk_errors(out / "lock"):
         out.mkdir(parents=True, exist_ok=True)
         handle = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BankError(f"another process is filling {out}; wait for it, or stop it first") from None
-        except OSError:
-            pass  # a file system without locks: the user answers for running one job a bank
+        end = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(handle):
+            if time.monotonic() > end:
+                raise BankError(f"another process is filling {out}; wait for it, or stop it first")
+            time.sleep(0.05)
         yield
     finally:
         os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks: the user answers for running one job a bank
+    return True

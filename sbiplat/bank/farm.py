@@ -309,9 +309,9 @@ def together(comm: Any, function: Callable[[], T]) -> T:
     found = next((m for m in comm.allgather(mistake) if m is not None), None)
     if found is None:
         return result
-    if comm.Get_rank() == 0:
-        raise found
-    raise SystemExit(found.exit_code)
+    end: Any = found if comm.Get_rank() == 0 else SystemExit(found.exit_code)
+    end.agreed = True  # all ranks know of it
+    raise end
 
 
 @contextmanager
@@ -319,10 +319,10 @@ def one_fate(comm: Any) -> Iterator[None]:
     """End the whole job with any error that did not come through `together`: other ranks may wait for this one."""
     try:
         yield
-    except (UserError, SystemExit):
-        raise
     except BaseException as error:
-        abort(comm, error)
+        if not getattr(error, "agreed", False):
+            abort(comm, error)
+        raise
 
 
 def abort(comm: Any, error: BaseException) -> NoReturn:
@@ -330,6 +330,7 @@ def abort(comm: Any, error: BaseException) -> NoReturn:
     text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     print(f"error: {' '.join(text.split())}", file=sys.stderr, flush=True)  # noqa: T201 - the job ends here
     code = getattr(error, "exit_code", 1)
+    time.sleep(0.2)  # the launcher drops what it has not yet forwarded
     comm.Abort(code)
     os._exit(code)  # MPICH's Abort may return before the launcher has ended this rank
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sbiplat import files
 from sbiplat.bank import segment
 from sbiplat.bank.layout import MISSING, Header
-from sbiplat.bank.segment import Opened, Segment, row_shapes
+from sbiplat.bank.segment import Opened, Segment, hdf5_in_memory, row_shapes
 
 Cover = list[tuple[Opened, int, int]]  # (segment, first, stop): the segment answers for rows first..stop-1
 
@@ -48,7 +48,7 @@ def write(path: Path, header: Header, opened: list[Opened]) -> None:
     """Write the index over these segments, atomically."""
     parts, _ = cover(opened, header.rows)
     names = list(row_shapes(header))
-    with files.disk_errors(path), files.atomic_path(path) as temporary, h5py.File(temporary, "w", libver="latest") as file:
+    with files.disk_errors(path), files.atomic_path(path) as temporary, hdf5_in_memory(temporary, libver="latest") as file:
         file.attrs["bank_uid"] = header.uid
         file.attrs["rows"] = header.rows
         for name, (shape, dtype) in row_shapes(header).items():

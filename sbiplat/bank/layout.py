@@ -154,5 +154,9 @@ def pieces(first: int, stop: int, block_size: int) -> list[tuple[int, int]]:
 
 def default_rows_per_segment(header: Header, target_bytes: int = 64 * 2**20) -> int:
     """Rows of whole blocks that come to about `target_bytes`."""
-    row_bytes = header.x.row_bytes + 8 * header.prior.dim + 1
-    return max(1, target_bytes // (row_bytes * header.block_size)) * header.block_size
+    return max(1, target_bytes // (row_bytes(header) * header.block_size)) * header.block_size
+
+
+def row_bytes(header: Header) -> int:
+    """Bytes of one row: theta, x and status."""
+    return header.x.row_bytes + 8 * header.prior.dim + 1

@@ -15,6 +15,8 @@ import hashlib
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,10 +120,20 @@ def commit(folder: Path, header: Header, rows: Rows) -> Segment:
     return segment
 
 
+@contextmanager
+def hdf5_in_memory(path: Path, **settings: Any) -> Iterator[h5py.File]:
+    """An HDF5 file that is built in memory, then written in one go: on a full disk HDF5 itself may crash the process."""
+    with h5py.File(path.name, "w", driver="core", backing_store=False, block_size=2**20, **settings) as file:
+        yield file
+        file.flush()
+        image = file.id.get_file_image()
+    path.write_bytes(image)
+
+
 def write(path: Path, header: Header, rows: Rows) -> None:
     """The segment's content, to a path that is not yet the segment's."""
     names = dataset_names(header)
-    with h5py.File(path, "w") as file:
+    with hdf5_in_memory(path) as file:
         file.attrs["format"] = "sbiplat segment 1"
         file.attrs["bank_uid"] = header.uid
         file.attrs["first_row"] = rows.first

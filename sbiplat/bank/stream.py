@@ -80,7 +80,7 @@ class Batches:
     """
 
     def __init__(self, bank: Bank, apart: Split, batch_size: int, seed: int, budget: int) -> None:
-        self._bank, self._seed = bank, seed
+        self._bank, self._seed, self._training_rows = bank, seed, apart.training_rows
         self._out = np.sort(np.concatenate([apart.validation, apart.held_out]))
         self.batch_size = min(batch_size, apart.training_rows)
         self.per_epoch = apart.training_rows // self.batch_size
@@ -115,10 +115,15 @@ class Batches:
             self._all = _join([self._slab(a, b) for a, b in self._slabs(64 * SLAB_ROWS)])
         return self._all
 
+    def release(self) -> Pairs:
+        """All training rows, which are then the caller's alone."""
+        pairs, self._all = self.resident_pairs(), None
+        return pairs
+
     def order(self, number: int) -> NDArray[np.int64]:
         """The order of an epoch over resident rows."""
         rng = np.random.default_rng(np.random.SeedSequence(self._seed, spawn_key=(0xE90C, number)))
-        return rng.permutation(len(self.resident_pairs()["theta"]))
+        return rng.permutation(self._training_rows)
 
     def _resident_epoch(self, rng: np.random.Generator) -> Iterator[Any]:
         pairs = self.resident_pairs()

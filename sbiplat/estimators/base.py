@@ -1,8 +1,9 @@
 """What an estimator is, and the registry of those that there are.
 
-An estimator is an nn.Module with one `loss(theta, x)`; theta is unconstrained, (B, D), and x a dict of (B, ...) tensors
-as the bank stores them: transforms and standardisation are part of the module and of its weights. A new estimator is
-one file in this folder and one line in `ESTIMATORS`.
+An estimator is an nn.Module with one `loss(theta, x)`; theta is unconstrained, (B, D). What is fixed in the way from a
+bank's x to the net (transforms, standardisation, an embedding's fixed summaries) is `prepare`, which training runs once a
+row and not once a step; `loss` takes x as prepared. Both are part of the module and of its weights. A new estimator is one
+file in this folder and one line in `ESTIMATORS`.
 """
 
 from __future__ import annotations
@@ -31,8 +32,12 @@ class Estimator(nn.Module):
         """Set standardisation from rows of the bank, before training."""
         raise NotImplementedError
 
+    def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """x as the bank stores it, a dict of (B, ...) tensors, to what `loss` takes: fixed, float32, without gradient."""
+        raise NotImplementedError
+
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
-        """The training loss of each row, (B,)."""
+        """The training loss of each row, (B,), for prepared x."""
         raise NotImplementedError
 
 

@@ -59,9 +59,13 @@ class NPE(Estimator):
             self.theta_loc.copy_(torch.as_tensor(loc))
             self.theta_scale.copy_(torch.as_tensor(scale))
 
+    @torch.no_grad()
+    def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return embeddings.prepare(self.embedding, self.spec, self.standardise(x))
+
     def context(self, x: dict[str, Tensor]) -> Tensor:
-        """s(x), (B, C): what the density is conditioned on."""
-        return self.embedding(self.spec.unwrap(self.standardise(x)))
+        """s(x) of prepared x, (B, C): what the density is conditioned on."""
+        return self.embedding(x.get("x", x))
 
     def log_prob(self, theta: Tensor, context: Tensor) -> Tensor:
         """log q(theta | context) over unconstrained theta (..., D), context (..., C): (...)."""

@@ -92,15 +92,21 @@ class Certificate:
         except (KeyError, TypeError, AssertionError):
             raise Uncertified(f"{path} is damaged or of another format; run `sbiplat gate {run.path}` again") from None
 
-    def require(self, run: Run) -> Certificate:
-        """This certificate if it holds for the run as it is on disk now; raises Uncertified with the reason."""
+    def require_bound(self, run: Run) -> Certificate:
+        """This certificate if it is unaltered and was given to the run as it is on disk now; raises Uncertified with the reason."""
         again = f"run `sbiplat gate {run.path}` again"
         if self._computed != self.sha256:
             raise Uncertified(f"the certificate of {run.path} was altered after it was written; {again}")
         digests = self.content["digests"]
         for what, now in (("weights", run.weights_digest), ("config", run.config_digest), ("bank", run.bank_digest)):
             if digests.get(what) != now:
-                raise Uncertified(f"the certificate of {run.path} is for other {what}: it says {str(digests.get(what))[:12]}, the run has {now[:12]}; {again}")
+                said = str(digests.get(what))[:12]
+                raise Uncertified(f"the certificate of {run.path} is for other {what}: it says {said}, the run has {now[:12]}; {again}")
+        return self
+
+    def require(self, run: Run) -> Certificate:
+        """This certificate if it is bound to the run and says passed; raises Uncertified with the reason."""
+        self.require_bound(run)
         if not self.passed:
             first = self.failed[0] if self.failed else None
             more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""

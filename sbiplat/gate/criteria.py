@@ -49,20 +49,21 @@ def decide(figures: HeldOutFigures, criteria: Criteria) -> list[Criterion]:
     """Every criterion's verdict, failed or not."""
     coverages = figures.coverages
     adjusted = holm([c.p_value for c in coverages])
+    pairs = f"{figures.pairs} pairs" + (f" ({criteria.pairs} were asked for)" if figures.pairs < criteria.pairs else "")
     return [
-        _enough("pairs", figures.pairs, criteria.least_pairs, "gate more pairs (--n), or make a larger bank: sbiplat simulate --n"),
-        _enough("draws", figures.draws, criteria.least_draws, "set draws in the gate's settings higher"),
+        _enough("pairs", figures.pairs, criteria.least_pairs, pairs, "make a larger bank (sbiplat simulate --n), or gate with a larger --n"),
+        _enough("draws", figures.draws, criteria.least_draws, f"{figures.draws} draws a pair", "set the gate's draws higher"),
         *(_uniform(c, p, criteria) for c, p in zip(coverages, adjusted, strict=True)),
         _interval("under-coverage", coverages, criteria.under_coverage, lambda c: (c.under, c.under_band[0]),
-                  "the posterior is too narrow: more simulations, fewer parameters in the net, or earlier stopping (lower patience)"),
+                  "the posterior is too narrow: more simulations, a smaller net, or earlier stopping (lower patience)"),
         _interval("over-coverage", coverages, criteria.over_coverage, lambda c: (c.over, c.over_band[0]),
                   "the posterior is too wide: train longer, or with a larger net"),
         _informative(figures, criteria),
     ]
 
 
-def _enough(what: str, have: int, least: int, mend: str) -> Criterion:
-    return Criterion(what, have >= least, have, least, f"{have} {what}, at least {least} are needed", "" if have >= least else mend)
+def _enough(name: str, have: int, least: int, what: str, mend: str) -> Criterion:
+    return Criterion(name, have >= least, have, least, f"{what}, at least {least} are needed", "" if have >= least else mend)
 
 
 def _uniform(c: Coverage, p_value: float, criteria: Criteria) -> Criterion:
@@ -79,19 +80,23 @@ def _uniform_mend(c: Coverage) -> str:
     return "too narrow: more simulations or a smaller net" if c.under > c.over else "too wide or misshapen: train longer, or with a larger net"
 
 
-def _interval(name: str, coverages: tuple[Coverage, ...], limit: float, of: Callable[[Coverage], tuple[float, float]], mend: str) -> Criterion:
+def _interval(
+    name: str, coverages: tuple[Coverage, ...], limit: float, of: Callable[[Coverage], tuple[float, float]], mend: str
+) -> Criterion:
     """The worst of the parameters' central intervals; the band's lower end decides, so that noise refuses nobody."""
     parameters = [c for c in coverages if c.name != "TARP"]
     worst = max(parameters, key=lambda c: of(c)[1])
     value, low = of(worst)
     passed = low <= limit
-    return Criterion(name, passed, value, limit, f"worst in {worst.name.removeprefix('SBC ')}: {value:.3f} (at least {low:.3f}), limit {limit:g}",
-                     "" if passed else mend)
+    statement = f"worst in {worst.name.removeprefix('SBC ')}: {value:.3f} (at least {low:.3f}), limit {limit:g}"
+    return Criterion(name, passed, value, limit, statement, "" if passed else mend)
 
 
 def _informative(figures: HeldOutFigures, criteria: Criteria) -> Criterion:
     gain, error = figures.information.gain, figures.information.error
     passed = gain - 2 * error >= criteria.information
-    return Criterion("information", passed, gain, criteria.information,
-                     f"held-out log-density beats the prior by {gain:.3f} +- {error:.3f} nats, at least {criteria.information:g} (less two errors) is needed",
-                     "" if passed else "the posterior hardly uses x: check the embedding, x_transform and the learning rate, or x may not inform theta")
+    statement = (f"held-out log-density beats the prior by {gain:.3f} +- {error:.3f} nats; less two errors, "
+                 f"at least {criteria.information:g} is needed")
+    blind = "the posterior hardly uses x: check the embedding, x_transform and the learning rate, or x may not inform theta"
+    mend = blind if gain < 0.5 else "train longer, or with a larger net or bank"
+    return Criterion("information", passed, gain, criteria.information, statement, "" if passed else mend)

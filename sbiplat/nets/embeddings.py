@@ -2,7 +2,8 @@
 
 A user's embedding is a class: made as `Embedding(spec)` where it takes an argument (the `ObservationSpec`), else as
 `Embedding()`. Its forward takes x (a dict where the simulator returns one) after standardisation, or, with the class
-attribute `standardise = False`, after the declared transform alone, and returns (B, C).
+attribute `standardise = False`, after the declared transform alone, and returns (B, C). Where it has a method
+`summaries(x) -> (B, F)`, that part is fixed: it is computed once a row, without gradient, and forward takes its result.
 
 It is named by `file.py:Class` or `module:Class`, or by an entry point of the group `sbiplat.embeddings`. Loading a run
 never runs code that the run names: only embeddings of installed packages, and those that this process has named itself
@@ -130,13 +131,21 @@ def build(name: str, spec: ObservationSpec, hidden: tuple[int, ...], context: in
     return made
 
 
+def prepare(embedding: nn.Module, spec: ObservationSpec, x: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The fixed part of the way to the net: an embedding's summaries, {"x": (B, F)}, or x itself where it has none."""
+    if not hasattr(embedding, "summaries"):
+        return x
+    return {"x": embedding.summaries(spec.unwrap(x)).float()}
+
+
 def width_of(embedding: nn.Module, spec: ObservationSpec, name: str) -> int:
     """C, found by one forward pass; raises SettingError where the embedding does not take x or does not return (B, C)."""
     fields = {k: torch.zeros(2, *shape) for k, shape in spec.shapes.items()}
     was_training = embedding.training
     try:
         with torch.no_grad():
-            out = embedding.eval()(spec.unwrap(fields))
+            ready = prepare(embedding.eval(), spec, fields)
+            out = embedding(ready.get("x", ready))
     except Exception as error:
         shapes = {k: tuple(v.shape) for k, v in fields.items()}
         raise SettingError(f"embedding {name} fails on x of shape {shapes['x'] if spec.plain else shapes}: {str(error).splitlines()[0]}") from error

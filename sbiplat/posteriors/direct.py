@@ -21,7 +21,7 @@ ROWS_PER_PASS = 16_384
 
 
 class DirectSampler:
-    """Draws and densities of an estimator that has `context`, `sample` and `log_prob`."""
+    """Draws and densities of an estimator that has `prepare`, `context`, `sample` and `log_prob`."""
 
     def __init__(self, estimator: Any, device: str = "cpu") -> None:
         self.estimator = estimator.eval()
@@ -52,7 +52,8 @@ class DirectSampler:
         size = len(next(iter(x.values())))
         rows = max(1, ROWS_PER_PASS // 4)
         return torch.cat([
-            self.estimator.context({k: torch.as_tensor(np.ascontiguousarray(v[a:a + rows]), device=self.device) for k, v in x.items()})
+            self.estimator.context(self.estimator.prepare(
+                {k: torch.as_tensor(np.ascontiguousarray(v[a:a + rows]), device=self.device) for k, v in x.items()}))
             for a in range(0, size, rows)
         ])
 

@@ -415,7 +415,7 @@ def _series(ax: Axes, panel: Series, legend: bool) -> None:
     ax.fill_between(panel.x, panel.bands[0], panel.bands[4], color=LIGHT, lw=0, label="90 % of simulations")
     ax.fill_between(panel.x, panel.bands[1], panel.bands[3], color=MIDDLE, lw=0, label="50 %")
     ax.plot(panel.x, panel.bands[2], color=DARK, label="median")
-    ax.plot(panel.x, panel.data, "o", color=INK, ms=3.2 if len(panel.x) <= 120 else 1.8, mew=0, label="data", zorder=4)
+    ax.plot(panel.x, panel.data, "o", color=INK, ms=4.2 if len(panel.x) <= 120 else 1.8, mew=0, label="data", zorder=4)
     ax.set(xlabel=panel.xlabel, ylabel=panel.ylabel, title=panel.title)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=bool((panel.x == panel.x.round()).all())))
     ax.xaxis.set_major_formatter(ScalarFormatter(useOffset=False))

@@ -116,14 +116,12 @@ def _verdict(run: Run) -> Verdict:
     if not (run.path / "certificate.json").is_file():
         return Verdict("untested", "NOT YET GATED",
                        f"Nobody has tested this posterior. Run `sbiplat gate {run.path}`; until then none is shown here.")
-    certificate = None
     try:
-        certificate = Certificate.read(run)
-        certificate.require(run)
+        certificate = Certificate.read(run).require_bound(run)
     except Uncertified as reason:
-        if certificate is None or certificate.passed or "was refused by the gate" not in str(reason):
-            return Verdict("void", "CERTIFICATE VOID", "The certificate does not hold for these weights and this bank, so "
-                           "nothing vouches for this posterior and none is shown here.", str(reason))
+        return Verdict("void", "CERTIFICATE VOID", "The certificate does not hold for these weights and this bank, so "
+                       "nothing vouches for this posterior and none is shown here.", str(reason))
+    if not certificate.passed:
         failed, total = len(certificate.failed), len(certificate.criteria)
         return Verdict("refused", "REFUSED", f"The posterior failed {failed} of the gate's {total} criteria: its probabilities "
                        "are not to be relied on, and none are shown here.", certificate=certificate)

@@ -20,6 +20,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from sbiplat import files
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.farm import Interrupted, Signals, Stopped
 from sbiplat.bank.layout import versions
-from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split
+from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
 from sbiplat.errors import OtherTraining, RunError, SettingError
 from sbiplat.estimators.base import Architecture, Estimator, find
 from sbiplat.nets import embeddings
@@ -45,6 +46,7 @@ from sbiplat.settings import split as split_settings
 from sbiplat.training import checkpoint
 
 SCALE_ROWS = 50_000
+PREPARE_ROWS = 8192
 PATIENCE_WITH_NON_FINITE = 20
 MOST_RECOVERIES = 3
 
@@ -169,6 +171,17 @@ def _global_generator_kept() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread an operation meanwhile: the threads of a pool each run operations of their own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class _Training:
     """One training under way: its state between two steps, and the steps."""
 
@@ -177,12 +190,12 @@ class _Training:
         self.device = torch.device(settings.device)
         apart: Split = split(bank, run.seed, settings.validation, settings.held_out, settings.held_out_most)
         self.batches = Batches(bank, apart, settings.batch_size or 1, run.seed, int(settings.memory_mb * 2**20))
-        self.validation = self._tensors(pairs_at(bank, apart.validation))
-        self.resident = self._tensors(self.batches.resident_pairs()) if self.batches.resident else None
         self.estimator: Estimator = run.architecture.build(run.seed)
         scale = self._tensors(self.batches.sample(SCALE_ROWS), torch.device("cpu"))
         self.estimator.fit_scales(scale["theta"], scale["x"])
         self.estimator.to(self.device)
+        self.validation = self._prepared(pairs_at(bank, apart.validation))
+        self.resident = self._prepared(self.batches.release()) if self.batches.resident else None
         self.optimizers = _optimizers(self.estimator, settings)
         self.total_steps = settings.max_epochs * self.batches.per_epoch
         self.average = {k: v.detach().clone() for k, v in self.estimator.state_dict().items()} if settings.ema else None
@@ -232,7 +245,7 @@ class _Training:
         epoch, skip = self.state["epoch"], self.state["step_in_epoch"]
         if self.resident is None:
             for pairs in self.batches.epoch(epoch, skip):
-                yield self._tensors(pairs)
+                yield self._prepared(pairs)
             return
         order = torch.as_tensor(self.batches.order(epoch), device=self.device)
         size = self.batches.batch_size
@@ -329,6 +342,21 @@ class _Training:
         device = device or self.device
         return {"theta": torch.as_tensor(pairs["theta"], device=device),
                 "x": {k: torch.as_tensor(np.ascontiguousarray(v), device=device) for k, v in pairs["x"].items()}}
+
+    def _prepared(self, pairs: Pairs) -> dict[str, Any]:
+        """Pairs as the loss takes them; in pieces, on as many threads as training has, so that little stands in memory twice."""
+        starts = range(0, len(pairs["theta"]), PREPARE_ROWS)
+
+        def piece(a: int) -> dict[str, Tensor]:
+            part = self._tensors(take(pairs, slice(a, a + PREPARE_ROWS)))
+            return self.estimator.prepare(part["x"])
+
+        if len(starts) == 1:
+            parts = [piece(0)]
+        else:
+            with one_thread(), ThreadPoolExecutor(self.settings.threads) as pool, self.progress.task("prepare", len(starts)) as advance:
+                parts = [(part, advance(1))[0] for part in pool.map(piece, starts)]
+        return {"theta": torch.as_tensor(pairs["theta"], device=self.device), "x": {k: torch.cat([p[k] for p in parts]) for k in parts[0]}}
 
     def _checkpoint(self) -> None:
         self.state["seconds"] += time.monotonic() - self._clock

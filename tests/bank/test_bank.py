@@ -107,8 +107,8 @@ def test_reading_touches_only_the_segments_of_its_rows(bank, monkeypatch):
     touched = []
     real = Bank._slab
     monkeypatch.setattr(Bank, "_slab", lambda self, part, *rest: touched.append(part) or real(self, part, *rest))
-    bank.read(120, 130)
-    assert len(touched) == 1
+    bank.read(130, 140)
+    assert [(part.segment.first, part.segment.stop) for part in touched] == [(128, 150)]
 
 
 def test_pieces_cut_at_block_boundaries():
@@ -120,7 +120,7 @@ def test_pieces_cut_at_block_boundaries():
 
 
 def test_the_index_is_the_bank_for_plain_h5py_from_anywhere(bank, tmp_path):
-    code = "import h5py, sys; f = h5py.File(sys.argv[1]); print(f['theta'][:].tobytes().hex()); print(f['x/trace'][:].tobytes().hex())"
+    code = "import h5py, sys; f = h5py.File(sys.argv[1]); print(*(f[k][:].tobytes().hex() for k in ('theta', 'x/trace')))"
     out = subprocess.run([sys.executable, "-c", code, bank.path / "bank.h5"], check=True, capture_output=True, text=True,
                          cwd=tmp_path).stdout.split()
     assert out == [bank.theta.tobytes().hex(), bank.x["trace"].tobytes().hex()]
@@ -160,7 +160,8 @@ def test_a_packed_bank_cannot_be_extended_and_says_so(bank, tmp_path):
     (dict(simulator=named(rowwise.function, prior={"a": sp.Uniform(0, 2), "b": PRIOR.law.marginals[1]})),
      "the prior has changed"),
     (dict(simulator=named(rowwise.function, x_shape={"trace": (4,), "count": ()})), "the shape of x has changed"),
-    (dict(simulator=named(rowwise.function, batched=True)), "form has changed"),
+    (dict(simulator=named(rowwise.function, batched=True, x_shape={"trace": (3,), "count": ()}, dtype="float64")),
+     "form has changed"),
 ])
 def test_rows_of_another_header_are_refused_with_the_mend(change, why, bank):
     before = bank.digest
@@ -211,7 +212,7 @@ def test_a_place_below_a_file_is_one_line(tmp_path):
 
 
 def test_what_is_no_bank_says_how_to_make_one(tmp_path):
-    with pytest.raises(BankError, match="no bank at .*; make one with `sbiplat simulate"):
+    with pytest.raises(BankError, match=r"no bank at .*; make one with `sbiplat simulate"):
         Bank.open(tmp_path / "nowhere")
     with pytest.raises(BankError, match=r"no bank.json \(is this a bank\?\)"):
         Bank.open(tmp_path)
@@ -219,8 +220,10 @@ def test_what_is_no_bank_says_how_to_make_one(tmp_path):
 
 def test_an_incomplete_bank_opens_and_says_what_is_missing(bank, tmp_path):
     fill(rowwise, 200, tmp_path / "b")
-    made = fill(rowwise, 333, tmp_path / "b")
-    made._opened[-1].segment.path.unlink()
+    fill(rowwise, 333, tmp_path / "b")
+    for path in (tmp_path / "b" / "segments").iterdir():
+        if int(path.name[:12]) >= 200:
+            path.unlink()
     half = Bank.open(tmp_path / "b")
     assert (half.complete, half.present, half.gaps) == (False, 200, [(200, 333)])
     assert half.info()["digest"] is None
