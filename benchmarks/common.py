@@ -1,4 +1,4 @@
-"""What the benchmarks share: results as JSON cells that are kept as they are made, C2ST by sbibm's protocol, and the machine's description."""
+"""What the benchmarks share: results as JSON cells kept as they are made, C2ST by sbibm's protocol, the machine's description."""
 
 from __future__ import annotations
 

@@ -109,8 +109,8 @@ def main() -> None:
                 cells.measure(f"{name}, seed {seed}", lambda s=settings, seed=seed: ours(rows, s, seed))
             for name, net in SBI.items():
                 cells.measure(f"{name}, seed {seed}", lambda n=net, seed=seed: sbi(rows, n, seed))
-    medians = {name: {k: _median([cells[f"{name}, seed {s}"][k] for s in seeds]) for k in ("seconds", "to_level", "final", "one_x", "batched")}
-               for name in (*OURS, *SBI)}
+    figures = ("seconds", "to_level", "final", "one_x", "batched")
+    medians = {name: {k: _median([cells[f"{name}, seed {s}"][k] for s in seeds]) for k in figures} for name in (*OURS, *SBI)}
     print(table([[n, m["to_level"] or "never", f"{m['final']:.2f}", f"{OPTIMUM - m['final']:.2f}", m["seconds"], m["one_x"], m["batched"]]
                  for n, m in medians.items()],
                 ["", f"seconds to {LEVEL} nats", "final nats", "gap to the optimum", "seconds in all", "draws/s, one x", "draws/s, 500 x"]))

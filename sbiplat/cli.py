@@ -76,7 +76,8 @@ def simulators(
     result = check(simulator, rows)
     card = {
         "name": simulator.name, "summary": simulator.summary, "citation": simulator.citation, "batched": simulator.batched,
-        "source": simulator.spec, "source_digest": simulator.source_digest(), "prior": simulator.prior.to_json(), "x": simulator.x.to_json(),
+        "source": simulator.spec, "source_digest": simulator.source_digest(),
+        "prior": simulator.prior.to_json(), "x": simulator.x.to_json(),
         "tractable": [k for k in ("log_likelihood", "posterior_log_prob", "posterior_sampler") if getattr(simulator, k)],
         "check": {"rows": result.rows, "finite": result.finite, "raised": result.raised, "first_error": result.first_error},
     }
@@ -288,7 +289,8 @@ def report(
 
 @app.command(epilog="Example: sbiplat run workflows/predator_prey.toml")
 def run(
-    workflow: Annotated[Path, typer.Argument(metavar="WORKFLOW.toml", help="What to simulate, train, gate and report.")], as_json: Json = False
+    workflow: Annotated[Path, typer.Argument(metavar="WORKFLOW.toml", help="What to simulate, train, gate and report.")],
+    as_json: Json = False,
 ) -> None:
     """Simulate, train, gate, sample and report; finished stages are skipped; exit 3 if the gate refuses."""
     from sbiplat.workflow import run_workflow

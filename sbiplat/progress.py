@@ -42,7 +42,7 @@ class Log(Progress):
         self._stream = stream
 
     def say(self, line: str) -> None:
-        print(line, file=self._stream, flush=True)  # noqa: T201 - this is the place that prints
+        print(line, file=self._stream, flush=True)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Advance]:

@@ -48,8 +48,10 @@ def split(values: Mapping[str, Any], *classes: type) -> list[dict[str, Any]]:
 
 
 def unknown(name: str, known: list[str]) -> SettingError:
+    """The error for a name that no setting has, with the near ones or all."""
     near = difflib.get_close_matches(name, known, 3, 0.5)
-    return SettingError(f"no setting is called {name!r}; " + (f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"))
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+    return SettingError(f"no setting is called {name!r}; {hint}")
 
 
 def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
@@ -60,7 +62,8 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
     origin = typing.get_origin(kind) or kind
     wrong = SettingError(f"{name} = {value!r}: expected {_kind_name(kind)}" + _range(about))
     if origin is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(v, int) and not isinstance(v, bool) and v >= about["low"] for v in value):
+        whole = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        if not whole or not all(v >= about["low"] for v in value):
             raise wrong
         return tuple(value)
     if origin is dict:

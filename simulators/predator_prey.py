@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 
 import sbiplat as sp
 
-
-
 Array = NDArray[np.float64]
 
 YEARS = 20

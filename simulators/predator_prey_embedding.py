@@ -5,7 +5,7 @@ time, the Lotka-Volterra equations are linear in their rates,
 
 .. math:: \log u(t) = \log u_0 + \alpha t - \beta \int_0^t v, \qquad \log v(t) = \log v_0 - \gamma t + \delta \int_0^t u,
 
-so that linear least squares per species gives rough rates (integral matching: Dattner & Klaassen, Electronic Journal of Statistics 9, 2015).
+so that linear least squares per species gives rough rates (integral matching: Dattner & Klaassen, EJS 9, 2015).
 From there, Levenberg-Marquardt steps on the solution itself, with each species weighted by its own residual variance and the prior's
 scale as a weak pull: the estimates, their curvature, the residuals and their size are nearly all that the record says of the parameters.
 """
@@ -96,7 +96,7 @@ def integral(log_population: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def integral_match(x: Tensor, driver: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Least squares of x (B, 2, 21) on a constant, time and the driver: the start, the yearly rate, the driver's effect, the fitted curve."""
+    """Least squares of x (B, 2, 21) on a constant, time and the driver: start, yearly rate, the driver's effect, fitted curve."""
     time = torch.linspace(-0.5, 0.5, YEARS + 1, dtype=x.dtype, device=x.device)
     time_square = time.square().mean()
     along = (driver * time).mean(2, keepdim=True) / time_square

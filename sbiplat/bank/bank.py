@@ -265,9 +265,10 @@ class Bank:
                            for a in range(first, stop, self.header.block_size)]
                 advance(stop - first)
             file["block_sha256"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
-            file.attrs.update({"format": "sbiplat bank 1", "bank_uid": self.header.uid, "first_row": 0, "digest": self.digest,
-                               "parameters": list(self.header.prior.names), "units": list(self.header.prior.units)})
-            file["header"] = json.dumps(self.header.to_json())
+            segment.label(file, "sbiplat bank 1", self.header, 0)
+            file.attrs.update({"digest": np.bytes_(self.digest), "parameters": list(self.header.prior.names),
+                               "units": list(self.header.prior.units)})
+            file["header"] = np.bytes_(json.dumps(self.header.to_json()))
 
 
 def _make_room(path: Path, size: int) -> None:
@@ -286,9 +287,9 @@ def _open_packed(path: Path) -> Bank:
     try:
         with h5py.File(path, "r") as file:
             item = file.get("header", getlink=True)
-            if not isinstance(item, h5py.HardLink) or getattr(file["header"], "shape", None) != ():
+            if not isinstance(item, h5py.HardLink) or file["header"].shape != () or file["header"].dtype.kind != "S":
                 raise BankError(f"{path} is not a packed bank")
-            header = Header.from_json(dict(json.loads(file["header"].asstr()[()])), path)
+            header = Header.from_json(dict(json.loads(bytes(file["header"][()]))), path)
     except segment.DAMAGE as error:
         raise BankError(f"{path} is not a packed bank: {(str(error) or repr(error)).splitlines()[0]}") from None
     # A packed bank holds the rows it shows, no more: it reads as a scalar bank's single segment.

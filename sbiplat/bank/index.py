@@ -49,8 +49,7 @@ def write(path: Path, header: Header, opened: list[Opened]) -> None:
     parts, _ = cover(opened, header.rows)
     names = list(row_shapes(header))
     with files.disk_errors(path), files.atomic_path(path) as temporary, hdf5_in_memory(temporary, libver="latest") as file:
-        file.attrs["bank_uid"] = header.uid
-        file.attrs["rows"] = header.rows
+        segment.label(file, "sbiplat index 1", header, 0)
         for name, (shape, dtype) in row_shapes(header).items():
             layout = h5py.VirtualLayout((header.rows, *shape), dtype)
             for item, first, stop in parts:
@@ -77,7 +76,7 @@ def read(path: Path, header: Header) -> Remembered:
             group, limit = file["segments"], path.stat().st_size
             own = all(isinstance(group.get(k, getlink=True), h5py.HardLink) and group[k].nbytes <= limit
                       and not group[k].is_virtual and not group[k].external for k in _COLUMNS)
-            if not own or file.attrs.get("bank_uid") != header.uid:
+            if not own or not segment.is_of(file, header):
                 return {}
             return _remembered(header, *(group[k][()] for k in _COLUMNS))
     except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, OverflowError, IndexError, MemoryError):

@@ -134,10 +134,8 @@ def write(path: Path, header: Header, rows: Rows) -> None:
     """The segment's content, to a path that is not yet the segment's."""
     names = dataset_names(header)
     with hdf5_in_memory(path) as file:
-        file.attrs["format"] = "sbiplat segment 1"
-        file.attrs["bank_uid"] = header.uid
-        file.attrs["first_row"] = rows.first
-        file.attrs["host"] = f"{socket.gethostname()}:{os.getpid()}"
+        label(file, "sbiplat segment 1", header, rows.first)
+        file.attrs["host"] = np.bytes_(f"{socket.gethostname()}:{os.getpid()}")
         file["theta"] = rows.theta
         for name, values in rows.x.items():
             file[names[name]] = values
@@ -178,9 +176,9 @@ def inspect(segment: Segment, header: Header) -> Opened:
     try:
         size = path.stat().st_size
         with h5py.File(path, "r") as file:
-            if file.attrs.get("bank_uid") != header.uid:
+            if not is_of(file, header):
                 raise BankError(f"{path} belongs to another bank (simulator, prior or seed differ); move it away")
-            if int(file.attrs.get("first_row", -1)) != segment.first:
+            if _attribute(file, "first_row", np.dtype("<i8")) != segment.first:
                 raise BankError(f"{path} holds other rows than its name says; it was renamed")
             offsets = {name: _contiguous(file, name, (len(segment), *shape), dtype, size, path)
                        for name, (shape, dtype) in row_shapes(header).items()}
@@ -188,6 +186,25 @@ def inspect(segment: Segment, header: Header) -> Opened:
             return Opened(segment, offsets, file["block_sha256"][()])
     except DAMAGE as error:
         raise BankError(f"{path} is damaged: {_first_line(error)}; delete it and run the same simulate command again") from None
+
+
+def label(file: h5py.File, format: str, header: Header, first: int) -> None:
+    """Say in a file what it is. Texts have a fixed length: HDF5 may hang in the heap that others lie in, if it is damaged."""
+    file.attrs["format"] = np.bytes_(format)
+    file.attrs["bank_uid"] = np.bytes_(header.uid)
+    file.attrs["first_row"] = np.int64(first)
+
+
+def is_of(file: h5py.File, header: Header) -> bool:
+    """Whether a file is labelled as this bank's."""
+    uid = header.uid.encode()
+    return bool(_attribute(file, "bank_uid", np.dtype(f"S{len(uid)}")) == uid)
+
+
+def _attribute(file: h5py.File, name: str, dtype: np.dtype[Any]) -> Any:
+    """A scalar attribute of this type, None where it has another."""
+    known = name in file.attrs and file.attrs.get_id(name)
+    return file.attrs[name] if known and known.dtype == dtype and known.shape == () else None
 
 
 def blocks_of(segment: Segment, header: Header) -> int:

@@ -54,7 +54,9 @@ def _tensors(x: Fields) -> dict[str, torch.Tensor]:
     return {k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in x.items()}
 
 
-def held_out_figures(posterior: Posterior, pairs: Pairs, training: Pairs, draws: int, seed: int, progress: Progress = silent) -> HeldOutFigures:
+def held_out_figures(
+    posterior: Posterior, pairs: Pairs, training: Pairs, draws: int, seed: int, progress: Progress = silent
+) -> HeldOutFigures:
     """Measure coverage and information.
 
     pairs: held-out (theta in R^D, x), P of them. training: other rows of the same bank, for the references. draws: L.

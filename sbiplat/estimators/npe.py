@@ -46,8 +46,8 @@ class NPE(Estimator):
         self.embedding = embeddings.build(settings.embedding, self.spec, settings.embedding_hidden, settings.context, settings.activation)
         self.standardise = Standardise(self.spec, scale=getattr(self.embedding, "standardise", True))
         width = embeddings.width_of(self.embedding, self.spec, settings.embedding)
-        self.density = flows.build(settings.flow, architecture.dim, width, transforms=settings.transforms, hidden=settings.hidden or (64,),
-                                   bins=settings.bins, components=settings.components, activation=settings.activation)
+        shape = flows.Shape(settings.transforms, settings.hidden or (64,), settings.bins, settings.components, settings.activation)
+        self.density = flows.build(settings.flow, architecture.dim, width, shape)
         self.gaussianised = architecture.gaussianised
         self.register_buffer("theta_loc", torch.zeros(architecture.dim))
         self.register_buffer("theta_scale", torch.ones(architecture.dim))

@@ -35,6 +35,7 @@ from sbiplat.training.trainer import TrainSettings
 
 FORMAT_VERSION = 1
 REFERENCE_ROWS = 10_000
+COVERAGE_FIGURES = ("p_value", "deviation", "deviation_band", "under", "under_band", "over", "over_band")
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,7 @@ def _certify(run: Run, bank: Bank, criteria: Criteria, figures: HeldOutFigures, 
         "figures": {
             "pairs": figures.pairs, "draws": figures.draws,
             "information": asdict(figures.information),
-            "coverage": {c.name: {k: getattr(c, k) for k in ("p_value", "deviation", "deviation_band", "under", "under_band", "over", "over_band")}
-                         for c in figures.coverages},
+            "coverage": {c.name: {k: getattr(c, k) for k in COVERAGE_FIGURES} for c in figures.coverages},
         },
         "estimator": run.architecture.estimator,
         "simulator": bank.header.simulator,

@@ -51,7 +51,7 @@ def decide(figures: HeldOutFigures, criteria: Criteria) -> list[Criterion]:
     adjusted = holm([c.p_value for c in coverages])
     pairs = f"{figures.pairs} pairs" + (f" ({criteria.pairs} were asked for)" if figures.pairs < criteria.pairs else "")
     return [
-        _enough("pairs", figures.pairs, criteria.least_pairs, pairs, "make a larger bank (sbiplat simulate --n), or gate with a larger --n"),
+        _enough("pairs", figures.pairs, criteria.least_pairs, pairs, "make a larger bank (simulate --n), or gate with a larger --n"),
         _enough("draws", figures.draws, criteria.least_draws, f"{figures.draws} draws a pair", "set the gate's draws higher"),
         *(_uniform(c, p, criteria) for c, p in zip(coverages, adjusted, strict=True)),
         _interval("under-coverage", coverages, criteria.under_coverage, lambda c: (c.under, c.under_band[0]),
@@ -77,7 +77,9 @@ def _uniform_mend(c: Coverage) -> str:
     shift = float(c.ecp.mean() - 0.5)  # the truth ranks low where the posterior lies too high
     if c.name != "TARP" and abs(shift) > max(c.under, c.over) / 2:
         return f"biased {'high' if shift > 0 else 'low'} in {c.name.removeprefix('SBC ')}: train longer, or with a larger embedding"
-    return "too narrow: more simulations or a smaller net" if c.under > c.over else "too wide or misshapen: train longer, or with a larger net"
+    if c.under > c.over:
+        return "too narrow: more simulations or a smaller net"
+    return "too wide or misshapen: train longer, or with a larger net"
 
 
 def _interval(

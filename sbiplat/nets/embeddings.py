@@ -16,6 +16,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ class MLP(nn.Module):
         super().__init__()
         sizes = [spec.size, *hidden]
         layers: list[nn.Module] = []
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
+        for a, b in pairwise(sizes):
             layers += [nn.Linear(a, b), ACTIVATIONS[activation]()]
         self.net = nn.Sequential(*layers, nn.Linear(sizes[-1], context))
 
@@ -85,7 +86,7 @@ def register(embedding: Any) -> str:
             _registered[name] = _find(name)
         return name
     if isinstance(embedding, nn.Module):
-        raise SettingError(f"embedding: give the class {type(embedding).__name__}, not an instance of it: a run must be able to make it again")
+        raise SettingError(f"embedding: give the class {type(embedding).__name__}, not an instance: a run must be able to make it anew")
     if not callable(embedding):
         raise SettingError(f"embedding: expected a name, 'file.py:Class' or an nn.Module class, got {embedding!r}")
     name = address(embedding) or f"local:{getattr(embedding, '__name__', 'embedding')}"
@@ -148,10 +149,12 @@ def width_of(embedding: nn.Module, spec: ObservationSpec, name: str) -> int:
             out = embedding(ready.get("x", ready))
     except Exception as error:
         shapes = {k: tuple(v.shape) for k, v in fields.items()}
-        raise SettingError(f"embedding {name} fails on x of shape {shapes['x'] if spec.plain else shapes}: {str(error).splitlines()[0]}") from error
+        line = (str(error) or repr(error)).splitlines()[0]
+        raise SettingError(f"embedding {name} fails on x of shape {shapes['x'] if spec.plain else shapes}: {line}") from error
     embedding.train(was_training)
     if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != 2:
-        raise SettingError(f"embedding {name} must return (B, C); for B = 2 it returned {tuple(out.shape) if isinstance(out, Tensor) else type(out)}")
+        returned = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        raise SettingError(f"embedding {name} must return (B, C); for B = 2 it returned {returned}")
     return out.shape[1]
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -157,39 +158,50 @@ class GaussianMixture(ConditionalDensity):
 # ------------------------------------------------------------------------------------------------------- by name
 
 
+class Shape(NamedTuple):
+    """How large a density is; each takes what it needs. See `NPESettings` for what each means."""
+
+    transforms: int
+    hidden: tuple[int, ...]
+    bins: int
+    components: int
+    activation: str
+
+
 def _zuko(family: str, passes: int | None = None) -> Callable[..., ConditionalDensity]:
-    def make(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+    def make(dim: int, context: int, shape: Shape) -> ConditionalDensity:
         import zuko
 
-        settings = {"transforms": transforms, "hidden_features": hidden, "activation": ACTIVATIONS[activation]}
+        settings = {"transforms": shape.transforms, "hidden_features": shape.hidden, "activation": ACTIVATIONS[shape.activation]}
         if passes is not None and dim > 1:
             settings |= {"passes": passes, "randperm": dim > 2}
         if family == "NSF":
-            settings["bins"] = bins
+            settings["bins"] = shape.bins
         return ZukoFlow(getattr(zuko.flows, family)(dim, context, **settings), dim)
 
     return make
 
 
-def _mixture(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+def _mixture(dim: int, context: int, shape: Shape) -> ConditionalDensity:
     import zuko
 
-    return GaussianMixture(zuko.mixtures.GMM(dim, context, components=components, hidden_features=hidden, activation=ACTIVATIONS[activation]))
+    settings = {"components": shape.components, "hidden_features": shape.hidden, "activation": ACTIVATIONS[shape.activation]}
+    return GaussianMixture(zuko.mixtures.GMM(dim, context, **settings))
 
 
 def _nflows(family: str) -> Callable[..., ConditionalDensity]:
-    def make(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+    def make(dim: int, context: int, shape: Shape) -> ConditionalDensity:
         from nflows.transforms import CompositeTransform, ReversePermutation
         from nflows.transforms.autoregressive import (
             MaskedAffineAutoregressiveTransform,
             MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
         )
 
-        common = {"features": dim, "hidden_features": hidden[0], "context_features": context, "num_blocks": len(hidden),
-                  "activation": ACTIVATIONS[activation]()}
-        spline = {"num_bins": bins, "tails": "linear", "tail_bound": 5.0}
+        common = {"features": dim, "hidden_features": shape.hidden[0], "context_features": context, "num_blocks": len(shape.hidden),
+                  "activation": ACTIVATIONS[shape.activation]()}
+        spline = {"num_bins": shape.bins, "tails": "linear", "tail_bound": 5.0}
         layers = []
-        for _ in range(transforms):
+        for _ in range(shape.transforms):
             layers += [ReversePermutation(dim), MaskedAffineAutoregressiveTransform(**common) if family == "MAF"
                        else MaskedPiecewiseRationalQuadraticAutoregressiveTransform(**common, **spline)]
         return NflowsFlow(CompositeTransform(layers), dim)
@@ -197,7 +209,7 @@ def _nflows(family: str) -> Callable[..., ConditionalDensity]:
     return make
 
 
-def _gaussian(dim: int, context: int, transforms: int, hidden: tuple[int, ...], bins: int, components: int, activation: str) -> ConditionalDensity:
+def _gaussian(dim: int, context: int, shape: Shape) -> ConditionalDensity:
     return StandardNormal(dim)
 
 
@@ -212,7 +224,6 @@ FLOWS: dict[str, Callable[..., ConditionalDensity]] = {
 }
 
 
-def build(name: str, dim: int, context: int, *, transforms: int, hidden: tuple[int, ...], bins: int, components: int,
-          activation: str) -> ConditionalDensity:
+def build(name: str, dim: int, context: int, shape: Shape) -> ConditionalDensity:
     """The conditional density of that name over z (D,) given a context (C,), in whitened coordinates."""
-    return Whitened(FLOWS[name](dim, context, transforms, hidden, bins, components, activation), dim, context)
+    return Whitened(FLOWS[name](dim, context, shape), dim, context)

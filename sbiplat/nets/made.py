@@ -28,7 +28,8 @@ class MaskedInverse:
         masked = [(layer.mask * layer.weight, layer.bias) for layer in layers[0::2]]
         self.context_weight, self.context_bias = masked[0][0][:, dim:], masked[0][1]
         level = order  # of x_i: it is known once its step is done
-        self.steps: list[dict[str, Any]] = [{"which": torch.nonzero(order == s).squeeze(1), "layers": []} for s in range(int(order.max()) + 1)]
+        which = [torch.nonzero(order == s).squeeze(1) for s in range(int(order.max()) + 1)]
+        self.steps: list[dict[str, Any]] = [{"which": w, "layers": []} for w in which]
         for depth, (weight, bias) in enumerate(masked):
             mask = layers[2 * depth].mask[:, :dim] if depth == 0 else layers[2 * depth].mask
             # The step at which a unit can be evaluated: one after the last coordinate it needs (a unit of no coordinate at 0),

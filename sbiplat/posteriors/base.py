@@ -65,7 +65,8 @@ class Posterior:
             raise PriorError(f"theta has shape {theta.shape}; its last axis must hold {', '.join(self.prior.names)}")
         size = len(next(iter(fields.values())))
         if batched and (theta.ndim not in (2, 3) or len(theta) != size):
-            raise PriorError(f"theta has shape {theta.shape}; for {size} observations give ({size}, {self.prior.dim}) or ({size}, n, {self.prior.dim})")
+            dim = self.prior.dim
+            raise PriorError(f"theta has shape {theta.shape}; for {size} observations give ({size}, {dim}) or ({size}, n, {dim})")
         flat = theta.reshape(size if batched else 1, -1, self.prior.dim)
         inside = self.prior.contains(flat)
         z = self.prior.unconstrain(np.where(inside[..., None], flat, self.prior.constrain(np.zeros(self.prior.dim))))

@@ -51,7 +51,9 @@ def check_target(path: Path) -> None:
         raise SettingError(f"--out {path}: there is no folder {path.parent}")
 
 
-def write_draws(path: Path, prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any]) -> None:
+def write_draws(
+    path: Path, prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any]
+) -> None:
     """Write draws as .nc (ArviZ), .h5 (/theta with names and units as attributes) or .csv (a header of names, a row a draw)."""
     check_target(path)
     with files.disk_errors(path), files.atomic_path(path) as temporary:

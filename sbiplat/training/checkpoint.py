@@ -38,7 +38,8 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | No
         with safe_open(path, "pt") as file:
             about = file.metadata() or {}
             if about.get("version") != str(VERSION):
-                raise RunError(f"{path} is of checkpoint version {about.get('version')}, this sbiplat reads {VERSION}; delete it to train anew")
+                found = about.get("version")
+                raise RunError(f"{path} is of checkpoint version {found}, this sbiplat reads {VERSION}; delete it to train anew")
             groups: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - not a dict
                 group, _, name = key.partition("|")

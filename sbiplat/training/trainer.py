@@ -93,7 +93,8 @@ def train(
     ours, theirs = split_settings(settings, TrainSettings, find(estimator).settings_class)
     training = _filled(build_settings(TrainSettings, ours), bank)
     prior = bank.header.prior
-    architecture = Architecture(estimator, build_settings(find(estimator).settings_class, theirs), prior.dim, bank.header.x, prior.gaussianised)
+    shape = build_settings(find(estimator).settings_class, theirs)
+    architecture = Architecture(estimator, shape, prior.dim, bank.header.x, prior.gaussianised)
     progress = progress or Progress.auto()
     torch.set_num_threads(training.threads)
 
@@ -125,8 +126,9 @@ def _begin(bank: Bank, architecture: Architecture, training: TrainSettings, seed
     apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
     identity = {
         "format_version": FORMAT_VERSION, "architecture": architecture.to_json(), "training": asdict(training), "seed": seed,
-        "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out), "digest": bank.digest, "rows": bank.rows,
-                 "simulator": bank.header.simulator, "seed": bank.header.seed, "block_size": bank.header.block_size},
+        "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out),
+                 "digest": bank.digest, "rows": bank.rows, "simulator": bank.header.simulator,
+                 "seed": bank.header.seed, "block_size": bank.header.block_size},
         "prior": bank.header.prior.to_json(),
         "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
                   "left_out": apart.left_out, "digest": apart.digest()},
@@ -142,7 +144,8 @@ def _begin(bank: Bank, architecture: Architecture, training: TrainSettings, seed
         raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
     if apart.left_out:
         share = apart.left_out / bank.rows
-        progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: the posterior is given that a simulation succeeds")
+        progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: "
+                     "the posterior is given that a simulation succeeds")
     with files.disk_errors(out / "run.json"):
         out.mkdir(parents=True, exist_ok=True)
     record = {**identity, "finished": False, "created": files.now(), "versions": versions(),
@@ -162,7 +165,8 @@ def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> No
     differs = [k for k in theirs if mine.get(k) != theirs[k]]
     if differs:
         k = differs[0]
-        raise OtherTraining(f"{out} was begun with {k} = {mine.get(k)!r}, not {theirs[k]!r}; use the same settings to resume, or another --out")
+        raise OtherTraining(f"{out} was begun with {k} = {mine.get(k)!r}, not {theirs[k]!r}; "
+                            "use the same settings to resume, or another --out")
 
 
 @contextmanager

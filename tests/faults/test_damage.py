@@ -260,9 +260,9 @@ def test_a_file_that_is_no_packed_bank_is_one_line(content, tmp_path):
     assert "is not a packed bank" in told(tmp_path / "p.h5")
 
 
-@pytest.mark.parametrize("header", ["", "[1]", "3", "{", "[" * 100_000, b"\xff\xfe", 7.0, [1.0, 2.0]])
+@pytest.mark.parametrize("header", [b"[1]", b"3", b"{", b"[" * 60_000, b"\xff\xfe", "text", 7.0, [1.0, 2.0]])
 def test_a_packed_header_of_garbage_is_one_line(header, packed):
-    replace_dataset(packed, "header", data=header)
+    replace_dataset(packed, "header", data=np.bytes_(header) if isinstance(header, bytes) else header)
     assert "p.h5" in told(packed)
 
 

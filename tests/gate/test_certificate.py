@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import QUICK
 
 import sbiplat as sp
-from conftest import QUICK
 from sbiplat.errors import BankError, RunError, Uncertified
 from sbiplat.progress import silent
 

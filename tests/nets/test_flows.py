@@ -13,7 +13,7 @@ from sbiplat.observation import ObservationSpec
 def made(name, dim, context=3, seed=0):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        density = flows.build(name, dim, context, transforms=2, hidden=(16, 16), bins=6, components=3, activation="silu").eval()
+        density = flows.build(name, dim, context, flows.Shape(transforms=2, hidden=(16, 16), bins=6, components=3, activation="silu")).eval()
         with torch.no_grad():  # away from the initial near-identity
             for p in density.parameters():
                 p.add_(0.05 * torch.randn_like(p))

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from conftest import NOISE, QUICK, line_posterior
 
 import sbiplat as sp
-from conftest import NOISE, QUICK, line_posterior
 from sbiplat.errors import ObservationError, PriorError
 from sbiplat.posteriors import direct
 from sbiplat.progress import silent

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from conftest import QUICK, line_posterior
 
 import sbiplat as sp
 from sbiplat.bank.stream import Batches, split
@@ -12,7 +13,6 @@ from sbiplat.errors import OtherTraining, RunError, SettingError
 from sbiplat.estimators.npe import NPE
 from sbiplat.progress import silent
 from sbiplat.training import trainer
-from conftest import QUICK, line_posterior
 
 
 def train(bank, out, **settings):
