@@ -55,7 +55,7 @@ def _mcmc() -> np.ndarray:
     print(f"reference: acceptance {sampler.acceptance_fraction.mean():.2f}, {STEPS / tau.max():.0f} autocorrelation times, "
           f"largest drift between halves {np.abs(drift).max():.3f} sd")
     every = STEPS * WALKERS // DRAWS
-    return prior.constrain(rng.permutation(z[every // WALKERS - 1::every // WALKERS].reshape(-1, prior.dim)))
+    return prior.constrain(rng.permutation(z[every - 1::every].reshape(-1, prior.dim)))
 
 
 def compare(path: str) -> dict[str, object]:
