@@ -20,7 +20,7 @@ from simulators.predator_prey import predator_prey
 
 RECORD = Path(__file__).parent.parent / "simulators" / "data" / "hudson_bay.csv"
 PUBLISHED = [0.55, 0.028, 0.80, 0.024, 33.9, 5.9, 0.25, 0.25]  # means of Carpenter's Stan fit
-WALKERS, BURN, STEPS, SEED = 1000, 400, 2000, 20260101
+WALKERS, BURN, STEPS, SEED = 1000, 500, 6000, 20260101
 DRAWS = 10_000
 
 

@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sbiplat.bank.bank import Bank, simulate
+    from sbiplat.bank.bank import Bank
+    from sbiplat.bank.fill import simulate
     from sbiplat.errors import Uncertified, UserError
     from sbiplat.gate.certificate import Certificate, gate, load
     from sbiplat.observation import read_observation
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "sbiplat.bank.bank": ("Bank", "simulate"),
+    "sbiplat.bank.bank": ("Bank",),
+    "sbiplat.bank.fill": ("simulate",),
     "sbiplat.errors": ("Uncertified", "UserError"),
     "sbiplat.gate.certificate": ("Certificate", "gate", "load"),
     "sbiplat.observation": ("read_observation",),

@@ -117,13 +117,11 @@ def simulate(
     as_json: Json = False,
 ) -> None:
     """Fill a bank with simulations; resumes and extends. `mpiexec -n R sbiplat simulate ...` uses R ranks."""
-    from sbiplat.bank import bank as banks
+    from sbiplat.bank import fill
     from sbiplat.bank.farm import mpi_world
-    from sbiplat.simulator import resolve
 
+    made = fill.simulate(sim, n, seed, out, workers=workers, block_size=block_size, checked=checked)
     comm = mpi_world()
-    simulator = resolve(sim) if comm is None else banks.together(comm, lambda: resolve(sim))
-    made = banks.simulate(simulator, n, seed, out, workers=workers, block_size=block_size, checked=checked)
     if comm is None or comm.Get_rank() == 0:
         info = made.info()
         show(as_json, info, f"{out}: {made.rows} rows, {_counts(info['status'])}; digest {made.digest}")

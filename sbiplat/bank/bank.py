@@ -1,22 +1,17 @@
 """Banks: (theta, x, status) rows drawn from one simulator, one prior and one seed.
 
-`simulate` makes, resumes and extends one; `Bank` reads it. The content, and with it the digest, depends on the header
-(simulator, prior, seed, block size, rows) and on nothing else: not on workers, ranks, order, crashes or resumes.
+`Bank` opens, reads, verifies and packs one; `sbiplat.bank.fill` makes it. The content, and with it the digest, depends on the
+header (simulator, prior, seed, block size, rows) and on nothing else: not on workers, ranks, order, crashes or resumes.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import socket
-import time
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,15 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbiplat import files
-from sbiplat.bank import farm, index, segment
-from sbiplat.bank.farm import one_fate, together
+from sbiplat.bank import index, segment
 from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header, default_rows_per_segment, pieces, row_bytes
 from sbiplat.bank.segment import Opened, Segment, dataset_names, row_shapes
-from sbiplat.errors import BankError, SettingError
+from sbiplat.errors import BankError
 from sbiplat.progress import Progress, silent
-from sbiplat.simulator import Simulator, check, resolve
-
-LOCK_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +56,7 @@ class Bank:
         path = Path(path)
         if path.is_file():
             return _open_packed(path)
-        header = _read_header(path)
+        header = read_header(path)
         remembered = index.read(path / "bank.h5", header)
         return cls(path, header, index.open_segments(path / "segments", header, remembered))
 
@@ -277,7 +268,7 @@ def _make_room(path: Path, size: int) -> None:
         os.posix_fallocate(file.fileno(), 0, size)
 
 
-def _read_header(path: Path) -> Header:
+def read_header(path: Path) -> Header:
     if not path.is_dir():
         raise BankError(f"no bank at {path}; make one with `sbiplat simulate SIM --n N --seed S --out {path}`")
     return Header.from_json(files.read_json(path / "bank.json", "bank.json (is this a bank?)", BankError), path / "bank.json")
@@ -294,194 +285,3 @@ def _open_packed(path: Path) -> Bank:
         raise BankError(f"{path} is not a packed bank: {(str(error) or repr(error)).splitlines()[0]}") from None
     # A packed bank holds the rows it shows, no more: it reads as a scalar bank's single segment.
     return Bank(path, header, [segment.inspect(Segment(path, 0, header.rows), header)])
-
-
-# ------------------------------------------------------------------------------------------------------ simulate
-
-
-@dataclass(frozen=True)
-class _Order:
-    """What `simulate` was asked for."""
-
-    simulator: Simulator
-    n: int
-    seed: int
-    out: Path
-    block_size: int | None
-    checked: bool
-    progress: Progress
-
-    @property
-    def header_path(self) -> Path:
-        return self.out / "bank.json"
-
-    def job(self, header: Header) -> farm.Job:
-        return farm.Job(self.simulator, header, self.out / "segments")
-
-
-Gaps = list[tuple[int, int]]
-
-
-def simulate(
-    simulator: Simulator | str,
-    n: int,
-    seed: int,
-    out: str | Path,
-    *,
-    workers: int | None = None,
-    block_size: int | None = None,
-    checked: bool = True,
-    progress: Progress | None = None,
-) -> Bank:
-    """Fill a bank with n rows; the same call resumes it, a larger n extends it.
-
-    Local processes run the blocks (`workers`, by default one a core), or the MPI ranks where this program was started
-    under mpiexec or srun. `checked=False` leaves out the contract check that runs a few rows before a new bank.
-    Raises SimulatorError, BankError, and Stopped after SIGINT or SIGTERM; what was committed is kept in every case.
-    Under MPI rank 0 raises, and the other ranks exit quietly with the same code.
-    """
-    for name, value, least in (("n", n, 1), ("seed", seed, 0), ("workers", workers, 1), ("block_size", block_size, 1)):
-        optional = name in ("workers", "block_size") and value is None
-        if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62):
-            raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    progress = progress or Progress.auto()
-    comm = farm.mpi_world()
-    if comm is None:
-        order = _Order(resolve(simulator), int(n), int(seed), Path(out), block_size, checked, progress)
-        return _simulate_here(order, workers or farm.available_cores())
-    with one_fate(comm):
-        made = together(comm, lambda: resolve(simulator))
-        return _simulate_with(comm, _Order(made, int(n), int(seed), Path(out), block_size, checked, progress))
-
-
-def _simulate_here(order: _Order, workers: int) -> Bank:
-    _refuse(order)
-    with _locked(order.out):
-        header, gaps = _prepare(order)
-        blocks = -(-sum(stop - first for first, stop in gaps) // header.block_size)
-        with farm.signals.installed(), _shown(order, gaps) as on_receipts:
-            try:
-                farm.run_local(order.job(header), gaps, max(1, min(workers, blocks)), on_receipts)
-            except farm.Interrupted:
-                raise _stopped(order.out) from None
-        return _finish(order, header)
-
-
-def _simulate_with(comm: Any, order: _Order) -> Bank:
-    """The same under MPI: rank 0 holds the lock, prepares and finishes; all ranks run blocks."""
-    root = comm.Get_rank() == 0
-    with ExitStack() as held:
-        def prepare() -> tuple[dict[str, Any], Gaps]:
-            _refuse(order)
-            held.enter_context(_locked(order.out))
-            header, gaps = _prepare(order)
-            return header.to_json(), gaps
-
-        description, gaps = comm.bcast(together(comm, lambda: prepare() if root else None))
-        header = Header.from_json(description, order.header_path)
-        together(comm, lambda: _same_code(comm, order, header))
-        with farm.signals.installed(), _shown(order if root else replace(order, progress=silent), gaps) as on_receipts:
-            farm.run_mpi(order.job(header), gaps, comm, on_receipts)
-            stopped = any(comm.allgather(farm.signals.requested))
-
-        def finish() -> None:
-            if stopped:
-                raise _stopped(order.out)
-            _finish(order, header)
-
-        together(comm, lambda: finish() if root else None)
-    return together(comm, lambda: Bank.open(order.out))
-
-
-def _same_code(comm: Any, order: _Order, header: Header) -> None:
-    if Header.of(order.simulator, order.seed, header.rows, header.block_size).uid != header.uid:
-        raise BankError(f"rank {comm.Get_rank()} on {socket.gethostname()} has another version of simulator "
-                        f"{order.simulator.name!r} than rank 0; give all nodes the same code")
-
-
-def _refuse(order: _Order) -> None:
-    """Refuse a place that is no bank's, and a simulator that breaks its contract, before anything is made."""
-    out = order.out
-    if out.exists() and not out.is_dir():
-        raise BankError(f"{out} is a file, and a bank grows in a directory (a packed one cannot be extended); "
-                        "give another --out")
-    known = order.header_path.exists()
-    if out.is_dir() and not known and any(entry.name not in ("lock", "segments") for entry in out.iterdir()):
-        raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
-    if order.checked and not known:
-        check(order.simulator, rows=2)
-
-
-def _prepare(order: _Order) -> tuple[Header, Gaps]:
-    """The header and the row ranges still to simulate; makes the bank's header where there is none."""
-    out, folder = order.out, order.out / "segments"
-    if order.header_path.exists():
-        old = _read_header(out)
-        wanted = Header.of(order.simulator, order.seed, order.n, order.block_size or old.block_size)
-        old.check_same(wanted, out)
-        header = replace(wanted, rows=max(order.n, old.rows), versions=old.versions, created=old.created)
-        if order.n < old.rows:
-            order.progress.say(f"{out} has {old.rows} rows already; all are kept (--n {order.n} asks for fewer)")
-        if order.n > old.rows:
-            files.write_json(order.header_path, header.to_json())
-        for left in (*out.glob(".tmp-*"), *folder.glob(".tmp-*")):  # under the lock no other writer has them
-            left.unlink(missing_ok=True)
-    else:
-        header = Header.of(order.simulator, order.seed, order.n, order.block_size)
-        with files.disk_errors(order.header_path):
-            folder.mkdir(exist_ok=True)
-        files.write_json(order.header_path, header.to_json())
-    opened = index.open_segments(folder, header, index.read(out / "bank.h5", header))
-    return header, index.cover(opened, header.stored_rows)[1]
-
-
-def _finish(order: _Order, header: Header) -> Bank:
-    out = order.out
-    opened = index.open_segments(out / "segments", header, index.read(out / "bank.h5", header))
-    index.write(out / "bank.h5", header, opened)
-    return Bank(out, header, opened).require_complete()
-
-
-def _stopped(out: Path) -> farm.Stopped:
-    bank = Bank.open(out)
-    return farm.Stopped(f"stopped: {bank.present} of {bank.rows} rows are kept in {out}; the same command resumes")
-
-
-@contextmanager
-def _shown(order: _Order, gaps: Gaps) -> Iterator[Any]:
-    """Progress over the rows of the gaps; yields what takes the receipts."""
-    failures: Counter[str] = Counter()
-    total = sum(stop - first for first, stop in gaps)
-    with order.progress.task(f"simulate {order.simulator.name}", total) as advance:
-        def on_receipts(receipts: list[farm.Receipt]) -> None:
-            for receipt in receipts:
-                failures.update({n: receipt.status[code] for n, code in STATUS.items() if code and receipt.status[code]})
-                advance(receipt.stop - receipt.first, ", ".join(f"{k} {v}" for k, v in failures.items()))
-        yield on_receipts
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the bank's directory and hold its lock; a job that was just killed may take a moment to let go of it."""
-    with files.disk_errors(out / "lock"):
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        end = time.monotonic() + LOCK_SECONDS
-        while not _try_lock(handle):
-            if time.monotonic() > end:
-                raise BankError(f"another process is filling {out}; wait for it, or stop it first")
-            time.sleep(0.05)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks: the user answers for running one job a bank
-    return True

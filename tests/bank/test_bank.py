@@ -12,7 +12,8 @@ from farm_simulators import PRIOR, batchwise, rowwise
 
 import sbiplat as sp
 from sbiplat.bank import index, segment
-from sbiplat.bank.bank import Bank, simulate
+from sbiplat.bank.bank import Bank
+from sbiplat.bank.fill import simulate
 from sbiplat.bank.layout import STATUS, Header, pieces
 from sbiplat.errors import BankError, SettingError, SimulatorError
 from sbiplat.progress import Progress, silent

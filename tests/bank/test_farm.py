@@ -14,7 +14,8 @@ from farm_simulators import PRIOR, batchwise, dies, rowwise
 
 import sbiplat as sp
 from sbiplat.bank import farm, segment
-from sbiplat.bank.bank import Bank, simulate
+from sbiplat.bank.bank import Bank
+from sbiplat.bank.fill import simulate
 from sbiplat.bank.layout import Header
 from sbiplat.progress import silent
 
@@ -230,9 +231,9 @@ def test_an_error_on_one_rank_ends_the_job_at_once(place, error, tmp_path):
     rank = 0 if place in ("_prepare", "_finish") else 1
     sabotage = f"""
 from mpi4py import MPI
-from sbiplat.bank import bank, segment
+from sbiplat.bank import fill, segment
 def fails(*_, **__): raise {error}
-if MPI.COMM_WORLD.Get_rank() == {rank}: {'' if '.' in place else 'bank.'}{place} = fails
+if MPI.COMM_WORLD.Get_rank() == {rank}: {'' if '.' in place else 'fill.'}{place} = fails
 """
     code, _, err = finish(mpi(2, "rowwise", 300, tmp_path / "b", extra=sabotage))
     assert code != 0

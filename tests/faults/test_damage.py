@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sbiplat as sp
-from sbiplat.bank.bank import Bank, simulate
+from sbiplat.bank.bank import Bank
+from sbiplat.bank.fill import simulate
 from sbiplat.errors import BankError
 from sbiplat.progress import silent
 
