@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESULTS = Path(__file__).parent / "results"
+RESULTS.mkdir(exist_ok=True)
 
 
 class Cells:
@@ -20,7 +21,6 @@ class Cells:
 
     def __init__(self, name: str) -> None:
         self.path = RESULTS / f"{name}.json"
-        RESULTS.mkdir(exist_ok=True)
         self.content: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"machine": machine(), "cells": {}}
 
     def __getitem__(self, key: str) -> Any:

@@ -124,7 +124,7 @@ def coverage(name: str, u: Array, rng: np.random.Generator, bootstraps: int = 20
     tails = [(1 - level) / 2, (1 + level) / 2]
 
     def band(values: Array) -> tuple[float, float]:
-        low, high = np.quantile(values, tails)
+        low, high = np.maximum(np.quantile(values, tails), 0.0)
         return float(low), float(high)
 
     def curve_band(values: Array) -> tuple[Array, Array]:

@@ -55,11 +55,11 @@ MOST_RECOVERIES = 3
 class TrainSettings:
     """How an estimator is trained, whatever it is."""
 
-    batch_size: int | None = setting(None, "rows a step; by default 128 to 1024 as the bank grows", low=1)
+    batch_size: int | None = setting(None, "rows a step; by default a fortieth of the bank, from 64 to 1024", low=1)
     learning_rate: float | None = setting(None, "peak rate; by default 3e-3 sqrt(batch_size / 256), at most 5e-3", low=1e-8, high=1.0)
     optimizer: str = setting("adamw", "adamw, or muon for matrices and adamw for the rest", among=("adamw", "muon"))
     weight_decay: float = setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
-    max_epochs: int | None = setting(None, "epochs of the cosine; by default enough for about 20,000 steps", low=1)
+    max_epochs: int | None = setting(None, "epochs of the cosine; by default about 4000 steps, from 10 to 200 epochs", low=1)
     warmup: float = setting(0.02, "share of all steps in which the rate rises", low=0.0, high=0.9)
     patience: int = setting(20, "epochs without a better held-out loss before stopping", low=1)
     clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
@@ -109,11 +109,11 @@ def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
     """Defaults that depend on the size of the bank, as figures."""
     values = asdict(settings)
     if settings.batch_size is None:
-        values["batch_size"] = min(1024, max(64, 2 ** round(math.log2(max(bank.rows, 2) / 80))))
+        values["batch_size"] = min(1024, max(64, 2 ** round(math.log2(max(bank.rows, 2) / 40))))
     if settings.learning_rate is None:
         values["learning_rate"] = min(5e-3, 3e-3 * math.sqrt(values["batch_size"] / 256))
     if settings.max_epochs is None:
-        values["max_epochs"] = min(500, max(10, round(20_000 * values["batch_size"] / bank.rows)))
+        values["max_epochs"] = min(200, max(10, round(4000 * values["batch_size"] / bank.rows)))
     try:
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:
