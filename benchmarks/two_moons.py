@@ -13,6 +13,7 @@ import argparse
 import os
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def main() -> None:
     seeds = range(parser.parse_args().seeds)
     torch.set_num_threads(1)
     cells = Cells("two_moons")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):  # sbi writes its logs where it stands
         rows = bank(Path(folder))
         for seed in seeds:  # interleaved: a busy spell of the machine falls on all
             for name, settings in OURS.items():

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
-from sbiplat.errors import UserError
+from sbiplat.errors import SettingError, UserError
 from sbiplat.files import is_disk_full
 
 REFUSED = 3
@@ -40,10 +40,12 @@ RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.
 
 
 def say(text: str = "") -> None:
+    """Print to standard output."""
     print(text, flush=True)  # noqa: T201 - the command line's own output
 
 
 def show(as_json: bool, value: dict[str, Any], text: str) -> None:
+    """Print a result: one JSON object for machines, or text for people."""
     say(json.dumps(value) if as_json else text)
 
 
@@ -53,6 +55,8 @@ def _settings(config: Path | None, table: str, assignments: list[str] | None) ->
 
     values = read_toml(config) if config else {}
     values = values.get(table, {k: v for k, v in values.items() if not isinstance(v, dict)})
+    if not isinstance(values, dict):
+        raise SettingError(f"{config}: [{table}] must be a table of settings, got {table} = {values!r}")
     return {**values, **parse_assignments(assignments or [])}
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -39,6 +41,39 @@ def sync_directory(path: Path) -> None:
         os.close(handle)
 
 
+LOCK_SECONDS = 3.0
+
+
+@contextmanager
+def locked(folder: Path, busy: UserError) -> Iterator[None]:
+    """Make a directory and hold its lock, so that one process at a time writes in it; raises `busy` where another does.
+
+    A job that was just killed may take a moment to let go of it. Where the file system has no locks, there is none.
+    """
+    with disk_errors(folder / "lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        end = time.monotonic() + LOCK_SECONDS
+        while not _try_lock(handle):
+            if time.monotonic() > end:
+                raise busy
+            time.sleep(0.05)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks: the user answers for running one job a directory
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically; a full disk or a folder that cannot be written is one clear line."""
     with disk_errors(path), atomic_path(path) as temporary:
@@ -46,6 +81,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically; NaN and infinities are refused."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 

@@ -272,6 +272,7 @@ def describe_torch(distribution: Any) -> dict[str, Any]:
 
 
 def rebuild_torch(description: Mapping[str, Any]) -> Any:
+    """The torch distribution that a JSON description names: one of torch.distributions' own classes, and no other code."""
     import torch
     from torch import distributions
 

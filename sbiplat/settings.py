@@ -75,9 +75,9 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
             raise wrong
         return value
     if origin in (int, float):
-        if isinstance(value, bool) or not isinstance(value, int | float) or (origin is int and value != int(value)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise wrong
-        if math.isnan(value) or not about["low"] <= value <= about["high"]:
+        if (origin is int and value != int(value)) or not about["low"] <= value <= about["high"]:
             raise wrong
         return origin(value)
     if not isinstance(value, str) or (about["among"] and value not in about["among"]):

@@ -35,8 +35,8 @@ from typing import Any
 
 from sbiplat import __version__, files
 from sbiplat.bank.bank import Bank
-from sbiplat.bank.fill import simulate as simulate_bank
 from sbiplat.bank.farm import mpi_world
+from sbiplat.bank.fill import simulate as simulate_bank
 from sbiplat.bank.layout import Header
 from sbiplat.errors import BankError, OtherTraining, SettingError, Uncertified, UserError
 from sbiplat.estimators.base import Architecture, find

@@ -335,6 +335,7 @@ MISTAKES = [
     (WORKFLOW.replace("n = 3000\n", ""), "[simulate] it needs simulator and n"),
     (WORKFLOW.replace('simulator = "walk.py:walk"\n', ""), "[simulate] it needs simulator and n"),
     (WORKFLOW.replace("n = 3000", 'n = "many"'), "[simulate] n = 'many': expected a whole number"),
+    (WORKFLOW.replace("n = 3000", "n = inf"), "[simulate] n = inf: expected a whole number"),
     (WORKFLOW.replace("n = 3000", "n = 0"), "[simulate] n = 0: expected a whole number of at least 1"),
     (WORKFLOW.replace("seed = 1", "seed = -1"), "[simulate] seed = -1"),
     (table("simulate", "rows = 3"), "[simulate] no setting is called 'rows'"),
@@ -411,7 +412,7 @@ def test_the_command_tells_a_mistake_in_one_line(tmp_path, monkeypatch, capsys):
 def test_a_workflow_under_mpi_is_refused_with_the_mend(finished, monkeypatch):
     """Else every rank would train into the same folder."""
     monkeypatch.setattr(sbiplat.workflow, "mpi_world", object)
-    with pytest.raises(UserError, match="a workflow runs as one process; fill its bank under mpiexec with `sbiplat simulate walk.py:walk"):
+    with pytest.raises(UserError, match=r"runs as one process; fill its bank under mpiexec with `sbiplat simulate walk[.]py:walk"):
         finished.run()
 
 

@@ -269,6 +269,7 @@ def _make_room(path: Path, size: int) -> None:
 
 
 def read_header(path: Path) -> Header:
+    """The header of the bank at `path`; raises BankError where there is none or it is damaged."""
     if not path.is_dir():
         raise BankError(f"no bank at {path}; make one with `sbiplat simulate SIM --n N --seed S --out {path}`")
     return Header.from_json(files.read_json(path / "bank.json", "bank.json (is this a bank?)", BankError), path / "bank.json")

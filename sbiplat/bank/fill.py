@@ -5,13 +5,10 @@ One process prepares (under the bank's lock) and finishes; the farm runs what is
 
 from __future__ import annotations
 
-import fcntl
-import os
 import socket
-import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,6 @@ from sbiplat.bank.layout import STATUS, Header
 from sbiplat.errors import BankError, SettingError
 from sbiplat.progress import Progress, silent
 from sbiplat.simulator import Simulator, check, resolve
-
-LOCK_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,6 +40,9 @@ class _Order:
     @property
     def header_path(self) -> Path:
         return self.out / "bank.json"
+
+    def locked(self) -> AbstractContextManager[None]:
+        return files.locked(self.out, BankError(f"another process is filling {self.out}; wait for it, or stop it first"))
 
     def job(self, header: Header) -> farm.Job:
         return farm.Job(self.simulator, header, self.out / "segments")
@@ -87,7 +85,7 @@ def simulate(
 
 def _simulate_here(order: _Order, workers: int) -> Bank:
     _refuse(order)
-    with _locked(order.out):
+    with order.locked():
         header, gaps = _prepare(order)
         blocks = -(-sum(stop - first for first, stop in gaps) // header.block_size)
         with farm.signals.installed(), _shown(order, gaps) as on_receipts:
@@ -104,7 +102,7 @@ def _simulate_with(comm: Any, order: _Order) -> Bank:
     with ExitStack() as held:
         def prepare() -> tuple[dict[str, Any], Gaps]:
             _refuse(order)
-            held.enter_context(_locked(order.out))
+            held.enter_context(order.locked())
             header, gaps = _prepare(order)
             return header.to_json(), gaps
 
@@ -189,30 +187,3 @@ def _shown(order: _Order, gaps: Gaps) -> Iterator[Any]:
                 failures.update({n: receipt.status[code] for n, code in STATUS.items() if code and receipt.status[code]})
                 advance(receipt.stop - receipt.first, ", ".join(f"{k} {v}" for k, v in failures.items()))
         yield on_receipts
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Make the bank's directory and hold its lock; a job that was just killed may take a moment to let go of it."""
-    with files.disk_errors(out / "lock"):
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out / "lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        end = time.monotonic() + LOCK_SECONDS
-        while not _try_lock(handle):
-            if time.monotonic() > end:
-                raise BankError(f"another process is filling {out}; wait for it, or stop it first")
-            time.sleep(0.05)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _try_lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass  # a file system without locks: the user answers for running one job a bank
-    return True

@@ -72,6 +72,7 @@ class Segment:
 
 
 def name_of(first: int, stop: int) -> str:
+    """The file name of the segment of rows first..stop-1."""
     return f"{first:012d}-{stop:012d}.h5"
 
 

@@ -65,6 +65,7 @@ def _pairs(bank: Bank, data: dict[str, NDArray[Any]]) -> Pairs:
 
 
 def take(pairs: Pairs, index: Any) -> Pairs:
+    """The pairs at an index or slice."""
     return {"theta": pairs["theta"][index], "x": {k: v[index] for k, v in pairs["x"].items()}}
 
 

@@ -69,6 +69,7 @@ class Flatten(nn.Module):
 
 
 def flatten(x: Tensor | dict[str, Tensor]) -> Tensor:
+    """All of x as one row of numbers each: (B, F)."""
     if isinstance(x, Tensor):
         return x.flatten(1)
     return torch.cat([v.flatten(1) for v in x.values()], dim=1)
@@ -119,7 +120,7 @@ def build(name: str, spec: ObservationSpec, hidden: tuple[int, ...], context: in
     points = {p.name: p for p in entry_points(group=ENTRY_POINTS)}
     if name not in _registered and name not in points:
         raise SettingError(f"the run's embedding is {name}, which is code of yours: name it in this process, with "
-                           f"`--embedding {name}` or sp.embedding(...), so that no run makes code run by itself")
+                           f"`--embedding {name}` or embedding=..., so that no run makes code run by itself")
     maker = _registered[name] if name in _registered else points[name].load()
     try:
         takes_spec = any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)

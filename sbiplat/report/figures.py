@@ -81,6 +81,7 @@ def plain(value: str, most: int = NAME_LENGTH) -> str:
 
 
 def with_unit(name: str, unit: str, most: int = NAME_LENGTH) -> str:
+    """A name with its unit in brackets, for an axis."""
     return plain(name, most) + (f" [{plain(unit, most)}]" if unit else "")
 
 

@@ -101,8 +101,10 @@ def train(
     run = _begin(bank, architecture, training, seed, Path(out), progress)
     if run.finished:
         return run
-    with _global_generator_kept():
-        return _Training(run, bank, training, progress).finish()
+    busy = RunError(f"another process is training into {out}; wait for it, or stop it first")
+    with files.locked(run.path, busy), _global_generator_kept():
+        run = Run.open(run.path)  # it may have been finished meanwhile
+        return run if run.finished else _Training(run, bank, training, progress).finish()
 
 
 def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
@@ -137,7 +139,7 @@ def _begin(bank: Bank, architecture: Architecture, training: TrainSettings, seed
         run = Run.open(out)
         _check_same(run.record, identity, out)
         return run
-    if out.exists() and (not out.is_dir() or any(p.name != "checkpoint" for p in out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(p.name not in ("checkpoint", "lock") for p in out.iterdir())):
         raise RunError(f"{out} holds other files and is no run; give the run another --out")
     problems = bank.verify(progress)
     if problems:

@@ -13,6 +13,7 @@ import pytest
 from farm_simulators import PRIOR, batchwise, dies, rowwise
 
 import sbiplat as sp
+from sbiplat import files
 from sbiplat.bank import farm, segment
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.fill import simulate
@@ -170,7 +171,7 @@ def test_a_signal_between_two_looks_is_not_missed():
 
 
 def test_a_second_process_is_told_to_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules[simulate.__module__], "LOCK_SECONDS", 0.1)
+    monkeypatch.setattr(files, "LOCK_SECONDS", 0.1)
     process = start(command("rowwise", N, tmp_path / "b"))
     wait_for(lambda: (tmp_path / "b" / "bank.json").exists(), process)
     with pytest.raises(sp.UserError, match="another process is filling"):

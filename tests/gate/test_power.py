@@ -137,3 +137,14 @@ def test_thresholds_decide():
     posterior = Posterior(PRIOR, ObservationSpec.declare((DIM,)), GaussianSampler())
     figures = held_out_figures(posterior, pairs(rng, 300), pairs(rng, 3000), 600, 0)
     assert [v.name for v in decide(figures, strict) if not v.passed] == ["information"]
+
+
+@pytest.mark.science
+@pytest.mark.parametrize(("sampler", "refusals"), [
+    (GaussianSampler(), (0, 5)), (GaussianSampler(sd=0.7), (95, 100)), (GaussianSampler(sd=1.5), (95, 100)),
+    (GaussianSampler(shift=0.5), (95, 100)), (GaussianSampler(shift=0.3), (95, 100)), (GaussianSampler(sd=0.8), (95, 100)),
+    (GaussianSampler(prior=True), (95, 100)),
+], ids=["exact", "sd x 0.7", "sd x 1.5", "shift 0.5 sd", "shift 0.3 sd", "sd x 0.8", "prior"])
+def test_refusals_in_a_hundred_seeds(sampler, refusals):
+    low, high = refusals
+    assert low <= sum(refused(sampler, seed) for seed in range(1000, 1100)) <= high
