@@ -121,7 +121,7 @@ class _Workflow:
         tables = read_toml(path)
         self.path, self.folder, self.say = path, path.resolve().parent, say
         self._check_tables(tables)
-        self.out = self.folder / tables["out"]
+        self.out = (self.folder / tables["out"]).resolve()
         with self._mistakes_in("simulate"):
             self.simulate: SimulateTable = build(SimulateTable, tables["simulate"])
             if not self.simulate.simulator or not self.simulate.n:

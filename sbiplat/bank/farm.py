@@ -23,7 +23,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -32,20 +31,11 @@ from sbiplat.bank import segment
 from sbiplat.bank.layout import STATUS, Header, default_rows_per_segment, pieces, streams
 from sbiplat.bank.segment import Rows
 from sbiplat.errors import BankError, SimulatorError, UserError
+from sbiplat.signals import Interrupted, Signals
 from sbiplat.simulator import Simulator
 
 COMMIT_SECONDS = 60.0
 T = TypeVar("T")
-
-
-class Interrupted(BaseException):
-    """Raised by SIGINT or SIGTERM where a block may be dropped without harm."""
-
-
-class Stopped(UserError):
-    """The farm was asked to stop; what it had committed is kept."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -68,43 +58,6 @@ class Job:
 
 
 _job: Job | None = None
-
-
-class Signals:
-    """SIGINT and SIGTERM as a request to stop, which interrupts only where that is safe."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._interruptible = False
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        if self._interruptible:
-            self._interruptible = False
-            raise Interrupted
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        self._interruptible = True  # first: a signal that comes between these lines is not missed
-        try:
-            if self.requested:
-                raise Interrupted
-            yield
-        finally:
-            self._interruptible = False
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        self.requested = False
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set from Python
 
 
 signals = Signals()

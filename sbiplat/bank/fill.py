@@ -22,6 +22,7 @@ from sbiplat.bank.farm import one_fate, together
 from sbiplat.bank.layout import STATUS, Header
 from sbiplat.errors import BankError, SettingError
 from sbiplat.progress import Progress, silent
+from sbiplat.signals import Interrupted, Stopped
 from sbiplat.simulator import Simulator, check, resolve
 
 
@@ -91,7 +92,7 @@ def _simulate_here(order: _Order, workers: int) -> Bank:
         with farm.signals.installed(), _shown(order, gaps) as on_receipts:
             try:
                 farm.run_local(order.job(header), gaps, max(1, min(workers, blocks)), on_receipts)
-            except farm.Interrupted:
+            except Interrupted:
                 raise _stopped(order.out) from None
         return _finish(order, header)
 
@@ -171,9 +172,9 @@ def _finish(order: _Order, header: Header) -> Bank:
     return Bank(out, header, opened).require_complete()
 
 
-def _stopped(out: Path) -> farm.Stopped:
+def _stopped(out: Path) -> Stopped:
     bank = Bank.open(out)
-    return farm.Stopped(f"stopped: {bank.present} of {bank.rows} rows are kept in {out}; the same command resumes")
+    return Stopped(f"stopped: {bank.present} of {bank.rows} rows are kept in {out}; the same command resumes")
 
 
 @contextmanager

@@ -32,7 +32,6 @@ from torch import Tensor, nn
 
 from sbiplat import files
 from sbiplat.bank.bank import Bank
-from sbiplat.bank.farm import Interrupted, Signals, Stopped
 from sbiplat.bank.layout import versions
 from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
 from sbiplat.errors import OtherTraining, RunError, SettingError
@@ -43,6 +42,7 @@ from sbiplat.runs import FORMAT_VERSION, Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import setting
 from sbiplat.settings import split as split_settings
+from sbiplat.signals import Interrupted, Signals, Stopped
 from sbiplat.training import checkpoint
 
 SCALE_ROWS = 50_000

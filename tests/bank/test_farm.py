@@ -19,6 +19,7 @@ from sbiplat.bank.bank import Bank
 from sbiplat.bank.fill import simulate
 from sbiplat.bank.layout import Header
 from sbiplat.progress import silent
+from sbiplat.signals import Interrupted, Signals, Stopped
 
 HERE = Path(__file__).parent
 FILE = HERE / "farm_simulators.py"
@@ -159,9 +160,9 @@ def test_a_signal_stops_in_one_line_and_the_same_command_resumes(number, workers
 
 
 def test_a_signal_between_two_looks_is_not_missed():
-    signals = farm.Signals()
+    signals = Signals()
     signals(signal.SIGINT, None)  # nothing may be interrupted yet
-    with pytest.raises(farm.Interrupted), signals.interruptible():
+    with pytest.raises(Interrupted), signals.interruptible():
         pytest.fail("the request was forgotten")
     signals.requested = False
     with signals.interruptible():
@@ -318,7 +319,7 @@ def test_a_simulator_that_swallows_everything_still_stops(tmp_path):
         return theta
 
     swallowing = sp.simulator(prior=PRIOR, x_shape=(2,), name="stubborn")(stubborn)
-    with pytest.raises(farm.Stopped, match="128 of 1000 rows are kept"):
+    with pytest.raises(Stopped, match="128 of 1000 rows are kept"):
         simulate(swallowing, 1000, 1, tmp_path / "b", workers=1, checked=False, progress=silent)
 
 
