@@ -4,12 +4,11 @@ Inverting :math:`y_i = f(x_i; \phi_i(x_{<i}, c))` takes x one coordinate after t
 masked net once for each. But a masked unit depends on the coordinates up to its level and on no later one, so each
 unit can be evaluated once, when the coordinates of its level are known: all steps together then cost one pass, the
 context's share of the first layer is computed once for all draws of an observation, and only the coordinate in turn
-goes through its univariate inverse.
+goes through its univariate inverse. Units are kept in the order of their levels, so that a step reads and writes
+contiguous columns.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,39 +24,53 @@ class MaskedInverse:
         layers = list(transform.hyper)
         self.activations = layers[1::2]
         order, dim = transform.order, len(transform.order)
-        masked = [(layer.mask * layer.weight, layer.bias) for layer in layers[0::2]]
-        self.context_weight, self.context_bias = masked[0][0][:, dim:], masked[0][1]
-        level = order  # of x_i: it is known once its step is done
-        which = [torch.nonzero(order == s).squeeze(1) for s in range(int(order.max()) + 1)]
-        self.steps: list[dict[str, Any]] = [{"which": w, "layers": []} for w in which]
-        for depth, (weight, bias) in enumerate(masked):
-            mask = layers[2 * depth].mask[:, :dim] if depth == 0 else layers[2 * depth].mask
-            # The step at which a unit can be evaluated: one after the last coordinate it needs (a unit of no coordinate at 0),
-            # or with the last unit it needs; outputs at the step of their coordinate.
-            needs = torch.where(mask, level + (depth == 0), 0).amax(1) if mask.shape[1] else torch.zeros(len(mask), dtype=torch.long)
-            if depth == len(masked) - 1:
+        self.count = int(order.max()) + 1
+        # The coordinates, and then each layer's units, by the step at which they are known.
+        self.coordinates = torch.argsort(order, stable=True)
+        self.known = [torch.searchsorted(order[self.coordinates], torch.arange(self.count + 1, device=order.device)).tolist()]
+        self.weights: list[Tensor] = []
+        self.biases: list[Tensor] = []
+        level, columns = order + 1, self.coordinates  # a coordinate serves the step after its own
+        for depth, layer in enumerate(layers[0::2]):
+            weight, mask = layer.mask * layer.weight, layer.mask
+            if depth == 0:
+                self.context_weight, weight, mask = weight[:, dim:], weight[:, :dim], mask[:, :dim]
+            if depth < len(self.activations):
+                needs = torch.where(mask, level, 0).amax(1)
+                rows = torch.argsort(needs, stable=True)
+            else:  # parameters of a coordinate, at its own step
                 needs = order.repeat_interleave(transform.total)
-            for s, step in enumerate(self.steps):
-                rows = torch.nonzero(needs == s).squeeze(1)
-                known = torch.nonzero(level < s if depth == 0 else level <= s).squeeze(1)
-                source = weight[:, :dim] if depth == 0 else weight
-                step["layers"].append((rows, known, source[rows][:, known], bias[rows]))
-            level = needs
+                rows = (self.coordinates[:, None] * transform.total + torch.arange(transform.total, device=order.device)).flatten()
+            self.weights.append(weight[rows][:, columns])
+            self.biases.append(layer.bias[rows])
+            if depth == 0:
+                self.context_weight = self.context_weight[rows]
+            self.known.append(torch.searchsorted(needs[rows], torch.arange(self.count + 1, device=order.device)).tolist())
+            level, columns = needs, rows
 
     def __call__(self, y: Tensor, context: Tensor) -> Tensor:
         """y (B, n, D) and one context an observation, (B, C): x (B, n, D)."""
-        x = torch.zeros_like(y)
-        lead = y.shape[:-1]
-        from_context = linear(context, self.context_weight, self.context_bias)[:, None]
-        values = [y.new_zeros(*lead, layer.out_features) for layer in list(self.transform.hyper)[0:-1:2]]
-        for step in self.steps:
-            for depth, (rows, known, weight, bias) in enumerate(step["layers"][:-1]):
-                if len(rows):
-                    below = x if depth == 0 else values[depth - 1]
-                    total = linear(below[..., known], weight, None if depth == 0 else bias)
-                    values[depth][..., rows] = self.activations[depth](total + from_context[..., rows] if depth == 0 else total)
-            rows, known, weight, bias = step["layers"][-1]
-            phi = linear(values[-1][..., known], weight, bias).unflatten(-1, (-1, self.transform.total))
-            which = step["which"]
-            x[..., which] = self.transform.univariate(*unpack(phi, self.transform.shapes)).inv(y[..., which])
-        return x
+        batch, n, dim = y.shape
+        y = y.reshape(-1, dim)[:, self.coordinates]
+        x = torch.empty_like(y)
+        values = [y.new_empty(len(y), len(bias)) for bias in self.biases[:-1]]
+        from_context = linear(context, self.context_weight, self.biases[0])
+        for step in range(self.count):
+            below, reach = x, self.known[0][step]  # the coordinates of earlier steps
+            for depth, activation in enumerate(self.activations):
+                low, high = self.known[depth + 1][step], self.known[depth + 1][step + 1]
+                if high > low:
+                    weight = self.weights[depth][low:high, :reach]
+                    if depth == 0:
+                        total = linear(below[:, :reach], weight).view(batch, n, -1) + from_context[:, None, low:high]
+                        total = total.view(len(y), -1)
+                    else:
+                        total = linear(below[:, :reach], weight, self.biases[depth][low:high])
+                    values[depth][:, low:high] = activation(total)
+                below, reach = values[depth], high
+            first, last = self.known[0][step], self.known[0][step + 1]
+            total = self.transform.total
+            phi = linear(below[:, :reach], self.weights[-1][first * total:last * total, :reach], self.biases[-1][first * total:last * total])
+            univariate = self.transform.univariate(*unpack(phi.unflatten(1, (-1, total)), self.transform.shapes))
+            x[:, first:last] = univariate.inv(y[:, first:last])
+        return x[:, torch.argsort(self.coordinates)].view(batch, n, dim)
