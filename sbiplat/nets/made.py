@@ -69,8 +69,8 @@ class MaskedInverse:
                     values[depth][:, low:high] = activation(total)
                 below, reach = values[depth], high
             first, last = self.known[0][step], self.known[0][step + 1]
-            total = self.transform.total
-            phi = linear(below[:, :reach], self.weights[-1][first * total:last * total, :reach], self.biases[-1][first * total:last * total])
-            univariate = self.transform.univariate(*unpack(phi.unflatten(1, (-1, total)), self.transform.shapes))
+            low, high = self.known[-1][step], self.known[-1][step + 1]
+            phi = linear(below[:, :reach], self.weights[-1][low:high, :reach], self.biases[-1][low:high])
+            univariate = self.transform.univariate(*unpack(phi.unflatten(1, (-1, self.transform.total)), self.transform.shapes))
             x[:, first:last] = univariate.inv(y[:, first:last])
         return x[:, torch.argsort(self.coordinates)].view(batch, n, dim)
