@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -197,7 +198,7 @@ def train(
     run = train_run(bank, estimator, out=out, seed=seed, **_settings(config, "train", assignments))
     outcome = run.record["outcome"]
     show(as_json, {"run": str(out), "weights_digest": run.weights_digest, "bank_digest": run.bank_digest, **outcome},
-         f"{out}: held-out loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
+         f"{out}: validation loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
          f"next: sbiplat gate {out}")
 
 
@@ -316,7 +317,7 @@ def main() -> NoReturn:
         code = app(arguments, standalone_mode=False)
     except UserError as error:
         if debug:
-            raise
+            traceback.print_exc()
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("stopped; what was committed is kept", 130)

@@ -47,7 +47,7 @@ class Log(Progress):
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Advance]:
         start = shown = time.monotonic()
-        done, last = 0, ""
+        done, told, last = 0, 0, ""
 
         def line() -> str:
             seconds = max(time.monotonic() - start, 1e-9)
@@ -55,14 +55,14 @@ class Log(Progress):
             return f"{name}: {done}/{total}, {done / seconds:.4g}/s{left}{last and '; ' + last}"
 
         def advance(steps: int = 1, note: str = "") -> None:
-            nonlocal done, shown, last
+            nonlocal done, shown, last, told
             done, last = done + steps, note or last
             if time.monotonic() - shown >= LOG_SECONDS:
-                shown = time.monotonic()
+                shown, told = time.monotonic(), done
                 self.say(line())
 
         yield advance
-        if total:
+        if total and (shown == start or done != told):
             self.say(line())
 
 

@@ -21,6 +21,7 @@ from sbiplat import files
 from sbiplat.bank.bank import Bank
 from sbiplat.errors import BankError, PriorError, RunError, SettingError, SimulatorError
 from sbiplat.estimators.base import Architecture, Estimator
+from sbiplat.nets.embeddings import source_digest
 from sbiplat.observation import ObservationSpec
 from sbiplat.prior import Prior
 
@@ -96,8 +97,9 @@ class Run:
 
     @cached_property
     def config_digest(self) -> str:
-        """SHA-256 of what turns weights into a posterior: the architecture and the prior."""
-        return files.digest_of({k: self.record[k] for k in ("architecture", "prior")})
+        """SHA-256 of what turns weights into a posterior: the architecture, the prior, and the code of a user's embedding as it is now."""
+        code = source_digest(getattr(self.architecture.settings, "embedding", "mlp"))
+        return files.digest_of({**{k: self.record[k] for k in ("architecture", "prior")}, "embedding_code": code})
 
     @property
     def bank_digest(self) -> str:

@@ -227,7 +227,7 @@ class _Workflow:
             self._set_aside(path, _what_differs(reason))
             finished, run = False, train(bank, self.estimator, out=path, seed=self.seed, **self.train)
         loss = run.record["outcome"]["validation_loss"]
-        self._note("train", "skipped" if finished else "done", f"held-out loss {loss:.4f}")
+        self._note("train", "skipped" if finished else "done", f"validation loss {loss:.4f}")
         return run
 
     def _gate(self, run: Run, bank: Bank) -> Certificate:

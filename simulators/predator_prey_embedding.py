@@ -38,8 +38,8 @@ class PredatorPreyEmbedding(nn.Module):
         )
 
     def summaries(self, x: Tensor) -> Tensor:
-        """The fixed features of a record, (B, F)."""
-        return summaries(x)
+        """The fixed features of a record, (B, F); once a record, and on the CPU, where thousands of small steps are cheapest."""
+        return summaries(x.cpu()).to(x.device)
 
     def forward(self, features: Tensor) -> Tensor:
         return self.net(features)

@@ -46,7 +46,7 @@ class Features:
         self._project = rng.standard_normal((size, MOST_FEATURES)) / np.sqrt(size) if size > MOST_FEATURES else None
 
     def __call__(self, x: Fields) -> Array:
-        flat = torch.cat([v.flatten(1) for v in self._standardise(_tensors(x)).values()], dim=1).double().numpy()
+        flat = torch.cat([v.reshape(len(v), -1) for v in self._standardise(_tensors(x)).values()], dim=1).double().numpy()
         return flat if self._project is None else flat @ self._project
 
 

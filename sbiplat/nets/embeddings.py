@@ -71,8 +71,8 @@ class Flatten(nn.Module):
 def flatten(x: Tensor | dict[str, Tensor]) -> Tensor:
     """All of x as one row of numbers each: (B, F)."""
     if isinstance(x, Tensor):
-        return x.flatten(1)
-    return torch.cat([v.flatten(1) for v in x.values()], dim=1)
+        return x.reshape(len(x), -1)
+    return torch.cat([v.reshape(len(v), -1) for v in x.values()], dim=1)
 
 
 def register(embedding: Any) -> str:
@@ -117,11 +117,7 @@ def build(name: str, spec: ObservationSpec, hidden: tuple[int, ...], context: in
         return MLP(spec, hidden, context, activation)
     if name == "none":
         return Flatten()
-    points = {p.name: p for p in entry_points(group=ENTRY_POINTS)}
-    if name not in _registered and name not in points:
-        raise SettingError(f"the run's embedding is {name}, which is code of yours: name it in this process, with "
-                           f"`--embedding {name}` or embedding=..., so that no run makes code run by itself")
-    maker = _registered[name] if name in _registered else points[name].load()
+    maker = _maker(name)
     try:
         takes_spec = any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
                          for p in inspect.signature(maker).parameters.values())
@@ -160,6 +156,16 @@ def width_of(embedding: nn.Module, spec: ObservationSpec, name: str) -> int:
 
 
 def source_digest(name: str) -> str | None:
-    """SHA-256 of the code of a user's embedding, for the record; None for one of our own."""
-    maker = _registered.get(name)
-    return digest_of_source(maker) if maker is not None else None
+    """SHA-256 of the code of an embedding that is not sbiplat's own, or None: a certificate holds for this very code."""
+    if name in ("mlp", "none"):
+        return None
+    return digest_of_source(_maker(name))
+
+
+def _maker(name: str) -> Any:
+    """The class or factory of that name, if this process or an installed package has named it."""
+    points = {p.name: p for p in entry_points(group=ENTRY_POINTS)}
+    if name not in _registered and name not in points:
+        raise SettingError(f"the run's embedding is {name}, which is code of yours: name it in this process, with "
+                           f"`--embedding {name}` or embedding=..., so that no run makes code run by itself")
+    return _registered[name] if name in _registered else points[name].load()

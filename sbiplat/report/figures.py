@@ -29,6 +29,7 @@ WIDTH = 10.6  # inches: the width of the page's text at 96 pixels an inch
 DARK, MIDDLE, LIGHT, PRIOR, INK, WARM = "#1b4f8a", "#7ba6d3", "#cfe0f1", "#b4b4b4", "#1c1c1c", "#b3541e"
 MOST_CORNER = 12
 MOST_PANELS = 24
+MOST_TICKS = 14
 RANK_BINS = 20
 BINS_1D, BINS_2D = 40, 80
 SMOOTHINGS = (1.0, 1.5, 2.25, 3.4, 5.0)  # candidates for the kernel's sd, in bins
@@ -247,7 +248,7 @@ def _panels(count: int, height: float = 1.0, most_columns: int = 5) -> tuple[Fig
     columns = min(count, most_columns)
     rows = -(-count // columns)
     side = WIDTH / most_columns
-    figure = Figure(figsize=(side * columns + 0.35, (side * height + 0.2) * rows + 0.15), layout="constrained")
+    figure = Figure(figsize=(side * columns + 0.35, (side * height + 0.2) * rows + 0.45), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for ax in grid[count:]:
         ax.set_axis_off()
@@ -302,7 +303,7 @@ def rank_histograms(names: Sequence[str], ranks: Array) -> Figure:
 
 @style()
 def loss_curves(metrics: Sequence[Mapping[str, Any]], best_epoch: int | None, unit: str = "") -> Figure:
-    """Loss by epoch on training and on held-out rows, the best epoch marked; the learning rate beside it."""
+    """Loss by epoch on training and on validation rows, the best epoch marked; the learning rate beside it."""
     def column(name: str) -> Array:
         return np.array([float(m[name]) if isinstance(m.get(name), int | float) else np.nan for m in metrics])
 
@@ -311,7 +312,7 @@ def loss_curves(metrics: Sequence[Mapping[str, Any]], best_epoch: int | None, un
     left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
     marker = "." if len(metrics) < 30 else None
     left.plot(epoch, train, color=WARM, label="training rows", lw=1.1, marker=marker)
-    left.plot(epoch, held_out, color=DARK, label="held-out rows", marker=marker)
+    left.plot(epoch, held_out, color=DARK, label="validation rows", marker=marker)
     best = held_out[epoch == best_epoch] if best_epoch is not None else np.zeros(0)
     if len(best):
         left.plot(best_epoch, best[0], "o", color=DARK, mfc="white", ms=7, mew=1.6,
@@ -423,7 +424,7 @@ def _series(ax: Axes, panel: Series, legend: bool) -> None:
     ax.margins(x=0.01)
     _log_ticks(ax, panel.scale)
     if legend:
-        ax.legend(ncols=2)
+        ax.legend(ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=7.5, columnspacing=1.0, handlelength=1.4)
 
 
 def _dots(ax: Axes, panel: Dots, legend: bool, room: int) -> None:
@@ -435,7 +436,8 @@ def _dots(ax: Axes, panel: Dots, legend: bool, room: int) -> None:
     ax.plot(places, panel.data, "o", color="white", mec=INK, ms=5.5, mew=1.5, label="data", zorder=4)
     labels = [[plain(line, 22) for line in label.split("\n")] for label in panel.labels]
     long = len(places) * max(len(line) for lines in labels for line in lines) > room
-    ax.set_xticks(places, ["\n".join(lines) for lines in labels], rotation=45 if long else 0,
+    every = -(-len(places) // MOST_TICKS)  # more names than this cannot be read
+    ax.set_xticks(places[::every], ["\n".join(lines) for lines in labels[::every]], rotation=45 if long else 0,
                   ha="right" if long else "center", rotation_mode="anchor" if long else "default")
     ax.tick_params(axis="x", length=0)
     ax.set_xlim(-0.7, len(places) - 0.3)

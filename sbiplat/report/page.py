@@ -118,8 +118,8 @@ def _verdict(run: Run) -> Verdict:
                        f"Nobody has tested this posterior. Run `sbiplat gate {run.path}`; until then none is shown here.")
     try:
         certificate = Certificate.read(run).require_bound(run)
-    except Uncertified as reason:
-        return Verdict("void", "CERTIFICATE VOID", "The certificate does not hold for these weights and this bank, so "
+    except (Uncertified, SettingError) as reason:
+        return Verdict("void", "CERTIFICATE VOID", "The certificate does not hold for these weights, this code and this bank, so "
                        "nothing vouches for this posterior and none is shown here.", str(reason))
     if not certificate.passed:
         failed, total = len(certificate.failed), len(certificate.criteria)
@@ -127,8 +127,9 @@ def _verdict(run: Run) -> Verdict:
                        "are not to be relied on, and none are shown here.", certificate=certificate)
     pairs = certificate.figures.get("pairs", "the")
     return Verdict("certified", "CERTIFIED", f"The posterior met every criterion of the gate on {pairs} held-out simulations: "
-                   "for data that the simulator could have made, its probabilities are, within the limits below, the "
-                   "frequencies that they claim to be.", certificate=certificate)
+                   "over data that the simulator makes under the prior, its probabilities are on average, within the limits "
+                   "below, the frequencies that they claim to be. That says calibrated, not sharp: a better embedding or a "
+                   "larger bank may still give a narrower posterior. Compare the information of two runs.", certificate=certificate)
 
 
 # --------------------------------------------------------------------------------------- observation and simulator

@@ -6,7 +6,7 @@ Muon where `optimizer = "muon"`: Jordan et al., 2024), the rate by linear warm-u
 .. math:: \eta_t = \eta \min(1, t / t_w) \cdot \tfrac12 (1 + \cos(\pi t / T)),
 
 and, where asked, an exponential moving average of the weights. A step whose loss or gradient is not finite is left out;
-many in a row bring back the best weights at half the rate. The held-out loss is taken every epoch over a fixed set
+many in a row bring back the best weights at half the rate. The validation loss is taken every epoch over a fixed set
 of rows, on the averaged weights where there are any; the best are kept and training stops early when they stay the best.
 
 Every random choice is a function of (seed, epoch), and the state between two steps can be written and read, so a resumed
@@ -61,10 +61,10 @@ class TrainSettings:
     weight_decay: float = setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
     max_epochs: int | None = setting(None, "epochs of the cosine; by default about 4000 steps, from 10 to 200 epochs", low=1)
     warmup: float = setting(0.02, "share of all steps in which the rate rises", low=0.0, high=0.9)
-    patience: int = setting(20, "epochs without a better held-out loss before stopping", low=1)
+    patience: int = setting(20, "epochs without a better validation loss before stopping", low=1)
     clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
     ema: float = setting(0.0, "decay of the moving average of weights, a step; 0 for none", low=0.0, high=0.99999)
-    validation: float = setting(0.05, "share of rows for the held-out loss", low=0.001, high=0.5)
+    validation: float = setting(0.05, "share of rows for the validation loss", low=0.001, high=0.5)
     held_out: float = setting(0.1, "share of rows kept for the gate, which training never sees", low=0.001, high=0.5)
     held_out_most: int = setting(5000, "at most so many rows for each of the two", low=10)
     memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
@@ -141,6 +141,7 @@ def _begin(bank: Bank, architecture: Architecture, training: TrainSettings, seed
         return run
     if out.exists() and (not out.is_dir() or any(p.name not in ("checkpoint", "lock") for p in out.iterdir())):
         raise RunError(f"{out} holds other files and is no run; give the run another --out")
+    architecture.build(seed)  # a net that cannot be made, or does not take x, is told before anything is written
     problems = bank.verify(progress)
     if problems:
         raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
@@ -317,12 +318,12 @@ class _Training:
         }
         with files.disk_errors(self.run.path / "metrics.jsonl"), (self.run.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
-        advance(0, f"epoch {state['epoch']}: held-out loss {validation:.3f}, best {state['best_loss']:.3f}")
+        advance(0, f"epoch {state['epoch']}: validation loss {validation:.3f}, best {state['best_loss']:.3f}")
         state["epoch"] += 1
         state["step_in_epoch"] = 0
 
     def _validation_loss(self) -> float:
-        """Mean held-out loss of the weights that would be kept, with its own fixed random stream."""
+        """Mean validation loss of the weights that would be kept, with its own fixed random stream."""
         current = {k: v.clone() for k, v in self.estimator.state_dict().items()} if self.average is not None else None
         if self.average is not None:
             self.estimator.load_state_dict(self.average)
@@ -394,7 +395,7 @@ class _Training:
 
         path, state = self.run.weights_path, self.state
         if not math.isfinite(state["best_loss"]):
-            raise RunError(f"training in {self.run.path} never had a finite held-out loss; try a lower learning_rate, or look for "
+            raise RunError(f"training in {self.run.path} never had a finite validation loss; try a lower learning_rate, or look for "
                            "extreme x in the bank")
         with files.disk_errors(path), files.atomic_path(path) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in self.best.items()}, temporary)

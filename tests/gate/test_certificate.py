@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,3 +135,23 @@ def test_loading_a_run_never_runs_code_that_it_names(run_copy, tmp_path):
     with pytest.raises(sp.UserError, match="code of yours"):
         sp.load(run_copy, allow_uncertified=True)
     assert not (tmp_path / "sprung").exists()
+
+
+def test_changed_code_of_an_embedding_shuts_it(line_bank, tmp_path):
+    """The same weights in another net are another posterior."""
+    net = tmp_path / "net.py"
+    text = "import torch\n\nSCALE = 1.0\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return SCALE * x\n"
+    net.write_text(text)
+    run = sp.train(line_bank, "npe", out=tmp_path / "run", embedding=f"{net}:Net", progress=silent, **QUICK)
+    sp.gate(run, progress=silent)
+    assert sp.load(run.path, allow_uncertified=True).provenance["certified"] == ("yes" if sp.Certificate.read(run).passed else "no")
+    code = ("import sys, sbiplat as sp\ntry:\n    sp.load(sys.argv[1], embedding=sys.argv[2])\nexcept sp.UserError as error:\n    print(error)\n"
+            "else:\n    print('opened')\n")
+
+    def opened():
+        done = subprocess.run([sys.executable, "-c", code, run.path, f"{net}:Net"], capture_output=True, text=True, timeout=60)
+        return done.stdout.strip()
+
+    assert opened() == "opened" or "refused" in opened()
+    net.write_text(text.replace("SCALE = 1.0", "SCALE = 2.0"))
+    assert "is for other config" in opened()

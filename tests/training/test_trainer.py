@@ -203,3 +203,27 @@ def test_failed_rows_are_left_out_and_counted(tmp_path):
 def test_metrics_are_json_lines_one_an_epoch(line_run):
     lines = (line_run.path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == list(range(12))
+
+
+@pytest.mark.parametrize("shape", [(), {"trace": (4,), "count": ()}], ids=["scalar", "dict with a scalar"])
+def test_scalar_observations_train_gate_and_sample(tmp_path, shape):
+    @sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1)}), x_shape=shape, batched=True, name="scalar")
+    def scalar(theta, rng):
+        count = theta[:, 0] + 0.5 * rng.standard_normal(len(theta))
+        return count if shape == () else {"trace": rng.standard_normal((len(theta), 4)), "count": count}
+
+    bank = sp.simulate(scalar, 3000, 1, tmp_path / "bank", workers=1, progress=silent)
+    run = train(bank, tmp_path / "run")
+    assert sp.gate(run, progress=silent).figures["information"]["gain"] > 0.4
+    x = np.array(1.0) if shape == () else {"trace": np.zeros(4), "count": np.array(1.0)}
+    assert abs(sp.load(run, allow_uncertified=True).sample(x, 4000, seed=0).mean() - 0.8) < 0.15
+
+
+def test_a_training_that_cannot_begin_leaves_nothing_behind(line_bank, tmp_path):
+    class Bad(torch.nn.Module):
+        def forward(self, x):
+            return x[:, :, None]
+
+    with pytest.raises(SettingError, match="must return"):
+        train(line_bank, tmp_path / "run", embedding=Bad)
+    assert not (tmp_path / "run").exists()
