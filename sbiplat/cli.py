@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -22,6 +23,7 @@ from sbiplat.errors import SettingError, UserError
 from sbiplat.files import is_disk_full
 
 REFUSED = 3
+STOPPED = 130
 
 app = typer.Typer(
     name="sbiplat", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -33,6 +35,7 @@ app.add_typer(bank_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
+MaybeSeed = Annotated[int | None, typer.Option(help="Seed of all randomness of this command; by default 0.")]
 Embedding = Annotated[str | None, typer.Option(help="file.py:Class of your own embedding, where the run was trained with one.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting as key=value; may be given again.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings.")]
@@ -45,20 +48,29 @@ def say(text: str = "") -> None:
     print(text, flush=True)  # noqa: T201 - the command line's own output
 
 
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def show(as_json: bool, value: dict[str, Any], text: str) -> None:
     """Print a result: one JSON object for machines, or text for people."""
     say(json.dumps(value) if as_json else text)
 
 
-def _settings(config: Path | None, table: str, assignments: list[str] | None) -> dict[str, Any]:
-    """Settings of a TOML file (its table of that name, or the whole file) and then of --set."""
+def _settings(config: Path | None, table: str, assignments: list[str] | None, **options: Any) -> dict[str, Any]:
+    """Settings of a TOML file (its table of that name, or the whole file), of --set, and of the command's own options that were given."""
     from sbiplat.settings import parse_assignments, read_toml
 
     values = read_toml(config) if config else {}
     values = values.get(table, {k: v for k, v in values.items() if not isinstance(v, dict)})
     if not isinstance(values, dict):
         raise SettingError(f"{config}: [{table}] must be a table of settings, got {table} = {values!r}")
-    return {**values, **parse_assignments(assignments or [])}
+    values = {**values, **parse_assignments(assignments or [])}
+    for name in ("run", "bank", "out", "progress"):
+        if name in values:
+            raise SettingError(f"{name} is no setting; the command itself takes it (see sbiplat {table} --help)")
+    return {**values, **{k: v for k, v in options.items() if v is not None}}
 
 
 # ------------------------------------------------------------------------------------------------------ simulators
@@ -156,12 +168,11 @@ def bank_verify(bank: BankPath, as_json: Json = False) -> None:
 
     opened = Bank.open(bank)
     problems = [str(p) for p in opened.verify(Progress.auto())]
-    if as_json:
-        say(json.dumps({"problems": problems, "digest": None if problems else opened.digest}))
     if problems:
-        raise BankError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
-    if not as_json:
-        say(f"{bank}: all {opened.rows} rows match their hashes; digest {opened.digest}")
+        error = BankError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        error.details = {"problems": problems, "digest": None}
+        raise error
+    show(as_json, {"problems": [], "digest": opened.digest}, f"{bank}: all {opened.rows} rows match their hashes; digest {opened.digest}")
 
 
 @bank_app.command("pack", epilog="Example: sbiplat bank pack moons.bank --out moons.h5")
@@ -186,16 +197,16 @@ def bank_pack(
 def train(
     bank: BankPath,
     out: Annotated[Path, typer.Option(help="The run's directory. An unfinished run is resumed.")],
-    estimator: Annotated[str, typer.Option(help="The estimator, such as npe.")] = "npe",
+    estimator: Annotated[str | None, typer.Option(help="The estimator; by default npe.")] = None,
     config: Config = None,
     assignments: Set = None,
-    seed: Seed = 0,
+    seed: MaybeSeed = None,
     as_json: Json = False,
 ) -> None:
     """Train an estimator on a bank; resumes."""
     from sbiplat.training.trainer import train as train_run
 
-    run = train_run(bank, estimator, out=out, seed=seed, **_settings(config, "train", assignments))
+    run = train_run(bank, out=out, **_settings(config, "train", assignments, estimator=estimator, seed=seed))
     outcome = run.record["outcome"]
     show(as_json, {"run": str(out), "weights_digest": run.weights_digest, "bank_digest": run.bank_digest, **outcome},
          f"{out}: validation loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
@@ -206,7 +217,7 @@ def train(
 def gate(
     run: RunPath,
     n: Annotated[int | None, typer.Option(help="Held-out pairs; by default 1000, or as many as there are.")] = None,
-    seed: Seed = 0,
+    seed: MaybeSeed = None,
     bank: Annotated[Path | None, typer.Option(help="The bank, where it has been moved.")] = None,
     config: Config = None,
     assignments: Set = None,
@@ -219,7 +230,7 @@ def gate(
 
     if embedding:
         register(embedding)
-    certificate = gate_run(run, n=n, seed=seed, bank=bank, **_settings(config, "gate", assignments))
+    certificate = gate_run(run, bank=bank, **_settings(config, "gate", assignments, n=n, seed=seed))
     show(as_json, dict(certificate.content), "\n".join(_verdict_lines(certificate)))
     if not certificate.passed:
         raise typer.Exit(REFUSED)
@@ -259,7 +270,9 @@ def sample(
     opened = Run.open(run)
     posterior = load(opened, allow_uncertified=allow_uncertified, embedding=embedding)
     if posterior.provenance["certified"] == "no":
-        print(f"warning: uncertified: {posterior.provenance['refusal']}", file=sys.stderr)  # noqa: T201
+        warn(f"uncertified: {posterior.provenance['refusal']}")
+    if posterior.provenance.get("own_thresholds"):
+        warn(f"certified by thresholds that were changed: {posterior.provenance['own_thresholds']}")
     x = read_observation(observation, opened.x)
     theta = posterior.sample(x, n, seed=seed)
     write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, posterior.provenance)
@@ -313,14 +326,22 @@ def main() -> NoReturn:
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
     if arguments in ([], ["bank"]):
         arguments.append("--help")
+    _prepare_streams()
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         code = app(arguments, standalone_mode=False)
+        if code == STOPPED:  # typer's own answer to a KeyboardInterrupt
+            raise KeyboardInterrupt
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             traceback.print_exc()
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, error.details)
     except KeyboardInterrupt:
-        _fail("stopped; what was committed is kept", 130)
+        _fail(_STOPPED, STOPPED)
+    except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(0)
     except Exception as error:
         if debug:
             raise
@@ -328,17 +349,37 @@ def main() -> NoReturn:
             command = " ".join(["sbiplat", *(a for a in arguments[:2] if a in _COMMANDS)])
             _fail(f"{error.format_message()} (see {command} --help)", 2)
         if type(error).__name__ == "Abort":
-            _fail("stopped; what was committed is kept", 130)
+            _fail(_STOPPED, STOPPED)
         if is_disk_full(error):
             _fail(f"the disk is full ({error}); free some space and run the same command again", 2)
         raise
     sys.exit(code if isinstance(code, int) else 0)
 
 
+_STOPPED = "stopped; what was committed is kept, and the same command goes on from there"
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _prepare_streams() -> None:
+    """Streams that take any text: a closed one is the null device, and what an encoding lacks is escaped."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open as long as the process
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 _COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "train", "gate", "sample", "report", "run")
 
 
-def _fail(line: str, code: int) -> NoReturn:
+def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:
+    """One line on standard error; with --json, one object on standard output too."""
     if int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == 0 or code == 1:
+        if "--json" in sys.argv:
+            say(json.dumps({"error": line, "exit_code": code, **(details or {})}))
         print("error: " + " ".join(line.split("\n")), file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(code)

@@ -5,6 +5,7 @@ class UserError(Exception):
     """A mistake that the user can mend. The command line prints it as one line and exits with `exit_code`."""
 
     exit_code = 2
+    details: dict[str, object] | None = None  # more of it, for machines
 
 
 class PriorError(UserError):

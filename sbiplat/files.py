@@ -25,11 +25,19 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(_ordinary_mode())  # some libraries make files that only their owner can read
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_directory(path.parent)
+
+
+def _ordinary_mode() -> int:
+    """What a new file may do here: all that the umask leaves."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def sync_directory(path: Path) -> None:
@@ -88,16 +96,22 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str, error: type[UserError]) -> dict[str, Any]:
     """The JSON object in `path`; `what` names it in the error where it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
     except FileNotFoundError:
         raise error(f"no {what} at {path}") from None
     except (OSError, UnicodeDecodeError, RecursionError) as problem:
         raise error(f"{path} cannot be read: {problem}") from None
     except json.JSONDecodeError as problem:
         raise error(f"{path} is damaged: not JSON at line {problem.lineno}") from None
+    except ValueError as problem:
+        raise error(f"{path} is damaged: {problem}") from None
     if not isinstance(value, dict):
         raise error(f"{path} is damaged: expected a JSON object")
     return value
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"it holds {name}, which is no JSON")
 
 
 def canonical(value: Any) -> bytes:
@@ -108,6 +122,11 @@ def canonical(value: Any) -> bytes:
 def digest_of(value: Any) -> str:
     """SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical(value)).hexdigest()
+
+
+def digest_bytes(data: bytes) -> str:
+    """SHA-256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def digest_file(path: Path) -> str:
@@ -133,7 +152,7 @@ def disk_errors(path: Path, kept: Callable[[], str] = lambda: "") -> Iterator[No
     """Turn a failed write to `path` into one line: what, where, and the mend."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # libraries have disk errors of their own kinds
         if is_disk_full(error):
             raise UserError(f"the disk is full at {path.parent}; free some space and run the same command again{kept()}") from None
         if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):

@@ -26,11 +26,19 @@ from sbiplat.observation import ObservationSpec
 from sbiplat.prior import Prior
 
 FORMAT_VERSION = 1
+# Settings that change how long a training takes or where it runs, not what it is: a resume may change them.
+PRACTICAL = ("threads", "device", "checkpoint_seconds")
+
+
+_KINDS: dict[str, type] = {
+    "finished": bool, "seed": int, "training": dict, "bank.digest": str, "bank.rows": int, "bank.path": str, "bank.relative_path": str,
+    "split.digest": str, "split.left_out": int,
+}
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory. `record` is run.json."""
+    """A run directory as it was when opened. `record` is run.json."""
 
     path: Path
     record: Mapping[str, Any]
@@ -54,8 +62,13 @@ class Run:
         if missing:
             raise RunError(f"{self.path / 'run.json'} is damaged: it lacks {', '.join(missing)}")
         try:
-            assert self.prior.dim == self.architecture.dim
-            assert isinstance(self.record["bank"]["digest"], str)
+            assert self.prior.dim == self.architecture.dim, "prior and architecture differ"
+            for place, kind in _KINDS.items():
+                value: Any = self.record
+                for key in place.split("."):
+                    value = value[key]
+                assert type(value) is kind, f"{place} = {value!r}"
+            assert not self.finished or isinstance(self.record["outcome"]["validation_loss"], float), "outcome.validation_loss"
         except (KeyError, TypeError, ValueError, AttributeError, AssertionError, PriorError, SettingError, SimulatorError) as error:
             raise RunError(f"{self.path / 'run.json'} is damaged: {str(error) or repr(error)}") from None
 
@@ -90,16 +103,25 @@ class Run:
 
     @cached_property
     def weights_digest(self) -> str:
-        """SHA-256 of the weights as they are on disk now."""
-        if not self.weights_path.is_file():
-            raise RunError(f"{self.path} has no weights; train it again")
-        return files.digest_file(self.weights_path)
+        """SHA-256 of the weights; `estimator` gives these or none."""
+        return files.digest_bytes(self._weights())
+
+    def _weights(self) -> bytes:
+        try:
+            return self.weights_path.read_bytes()
+        except FileNotFoundError:
+            raise RunError(f"{self.path} has no weights any more; delete it and train again") from None
+        except OSError as error:
+            raise RunError(f"{self.weights_path} cannot be read: {error.strerror or error}") from None
 
     @cached_property
     def config_digest(self) -> str:
-        """SHA-256 of what turns weights into a posterior: the architecture, the prior, and the code of a user's embedding as it is now."""
+        """SHA-256 of all that made the posterior besides weights and bank: architecture, prior, training settings, seed, split, and
+        the code of a user's embedding as it is now."""
         code = source_digest(getattr(self.architecture.settings, "embedding", "mlp"))
-        return files.digest_of({**{k: self.record[k] for k in ("architecture", "prior")}, "embedding_code": code})
+        training = {k: v for k, v in self.record["training"].items() if k not in PRACTICAL}
+        parts = {k: self.record[k] for k in ("architecture", "prior", "seed", "split")}
+        return files.digest_of({**parts, "training": training, "embedding_code": code})
 
     @property
     def bank_digest(self) -> str:
@@ -121,11 +143,13 @@ class Run:
     def estimator(self, device: str = "cpu") -> Estimator:
         """The estimator with its weights."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
-        estimator = self.architecture.build()
+        estimator, weights = self.architecture.build(), self._weights()
+        if files.digest_bytes(weights) != self.weights_digest:
+            raise RunError(f"{self.weights_path} was changed by another process; open the run again")
         try:
-            estimator.load_state_dict(load_file(self.weights_path))
+            estimator.load_state_dict(load(weights))
         except (SafetensorError, OSError, RuntimeError, KeyError) as error:
             raise RunError(f"{self.weights_path} is damaged or of another architecture: {str(error).splitlines()[0]}") from None
         return estimator.to(device).eval()

@@ -16,6 +16,8 @@ from dataclasses import field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from sbiplat.errors import SettingError
 
 S = TypeVar("S")
@@ -54,6 +56,13 @@ def unknown(name: str, known: list[str]) -> SettingError:
     return SettingError(f"no setting is called {name!r}; {hint}")
 
 
+def whole_seed(seed: Any) -> int:
+    """A seed as an int; raises SettingError for what is none."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**62:
+        raise SettingError(f"seed must be a whole number from 0 to 2^62, got {seed!r}")
+    return int(seed)
+
+
 def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if value is None and type(None) in options:
@@ -63,7 +72,7 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
     wrong = SettingError(f"{name} = {value!r}: expected {_kind_name(kind)}" + _range(about))
     if origin is tuple:
         whole = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if not whole or not all(v >= about["low"] for v in value):
+        if not whole or not all(about["low"] <= v <= about["high"] for v in value):
             raise wrong
         return tuple(value)
     if origin is dict:

@@ -124,7 +124,12 @@ def test_train_again_returns_at_once_and_other_settings_are_refused(place):
     (["train", "b", "--out", "b"], "holds other files"),
     (["gate", "gone"], "no run at gone"),
     (["gate", "b"], "is this a run?"),
+    (["train", "b", "--out", "z", "--set", "bank=c"], "bank is no setting"),
+    (["train", "b", "--out", "z", "--set", "seed=-3"], "seed must be a whole number"),
+    (["train", "b", "--out", "z", "--set", "estimator=np"], "no estimator is called"),
     (["gate", "r", "--set", "pair=3"], "did you mean pairs"),
+    (["gate", "r", "--set", "progress=3"], "progress is no setting"),
+    (["sample", "r", "--observation", "x.npy", "--n", 5, "--out", "z.csv", "--seed", -1, "--allow-uncertified"], "seed must be a whole number"),
     (["sample", "r", "--observation", "gone.npy", "--n", 5, "--out", "z.csv", "--allow-uncertified"], "no observation file at gone.npy"),
     (["sample", "r", "--observation", "x.npy", "--n", 5, "--out", "z.txt", "--allow-uncertified"], ".nc (ArviZ), .h5 or .csv"),
     (["sample", "r", "--observation", "x.npy", "--n", 5, "--out", "no/z.csv", "--allow-uncertified"], "there is no folder no"),
@@ -216,3 +221,54 @@ def test_mpi_ranks_and_one_worker_give_banks_of_the_same_digest(tmp_path):
     digests = [json.loads(sbiplat("bank", "info", b, "--json", cwd=tmp_path).stdout)["digest"] for b in ("b1", "b3")]
     assert digests[0] == digests[1]
     assert ranks.stdout.count("digest") == 1, "one rank speaks for all"
+
+
+def test_machines_get_a_mistake_as_json_too(place):
+    result = sbiplat("bank", "info", "gone", "--json", cwd=place)
+    assert result.returncode == 2
+    assert json.loads(result.stdout) == {"error": result.stderr.removeprefix("error: ").strip(), "exit_code": 2}
+
+
+def test_a_table_may_name_seed_and_estimator(place):
+    (place / "t.toml").write_text('[train]\nestimator = "npe"\nseed = 5\nflow = "gaussian"\nmax_epochs = 1\n')
+    for words, seed in ((["--out", "t5"], 5), (["--out", "t6", "--seed", 6], 6)):
+        result = sbiplat("train", "b", *words, "--config", "t.toml", cwd=place)
+        assert result.returncode == 0, result.stderr
+        assert json.loads((place / words[1] / "run.json").read_text())["seed"] == seed
+
+
+@pytest.mark.parametrize("streams", ["2>&-", ">&-", "| head -c 1", ">/dev/null"], ids=["no stderr", "no stdout", "a reader that leaves", "null"])
+def test_closed_streams_raise_no_traceback(place, streams):
+    for words in ("bank info b", "bank info gone", "simulators two_moons"):
+        done = subprocess.run(f"{BIN / 'sbiplat'} {words} {streams}", shell=True, cwd=place, capture_output=True, text=True, timeout=60)
+        assert "Traceback" not in done.stderr + done.stdout
+        assert "Exception ignored" not in done.stderr
+
+
+def test_a_terminal_of_few_letters_is_no_error(place):
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    (place / "odd.py").write_text(PULSE.replace('unit="s"', 'unit="µs"'))
+    result = sbiplat("simulators", "odd.py:pulse", cwd=place, env=environment)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_gate_with_one_line(place, number):
+    words = ["gate", "r", "--set", "draws=200000"]
+    process = subprocess.Popen([BIN / "sbiplat", *words], cwd=place, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(4)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "stopped" in stderr
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("suffix", ["nc", "h5", "csv"])
+def test_a_full_disk_while_draws_are_written_is_one_line_and_leaves_nothing(place, suffix):
+    """A limit on the size of files stands in for a full disk."""
+    words = f"sample r --observation x.npy --n 100000 --out full.{suffix} --allow-uncertified"
+    done = subprocess.run(["bash", "-c", f"ulimit -f 500; exec {BIN / 'sbiplat'} {words}"], cwd=place, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert "the disk is full" in done.stderr
+    assert not list(place.glob("*full*"))

@@ -25,12 +25,12 @@ class NPESettings:
 
     flow: str = setting("nsf", "the conditional density", among=tuple(flows.FLOWS))
     transforms: int = setting(3, "transforms of the flow", low=1, high=64)
-    hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1)
+    hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536)
     bins: int = setting(8, "bins of a spline flow", low=2, high=256)
     components: int = setting(8, "components of the mixture of Gaussians", low=1, high=1024)
     activation: str = setting("silu", "activation of flow and embedding", among=tuple(embeddings.ACTIVATIONS))
     embedding: str = setting("mlp", "mlp, none, an installed embedding, or file.py:Class of your own")
-    embedding_hidden: tuple[int, ...] = setting((128, 128), "widths of the mlp embedding's hidden layers", low=1)
+    embedding_hidden: tuple[int, ...] = setting((128, 128), "widths of the mlp embedding's hidden layers", low=1, high=65536)
     context: int = setting(32, "size of the mlp embedding's output", low=1, high=65536)
 
 
@@ -65,7 +65,7 @@ class NPE(Estimator):
 
     def context(self, x: dict[str, Tensor]) -> Tensor:
         """s(x) of prepared x, (B, C): what the density is conditioned on."""
-        return self.embedding(x.get("x", x))
+        return self.embedding(x.get("x", x)).float()
 
     def log_prob(self, theta: Tensor, context: Tensor) -> Tensor:
         """log q(theta | context) over unconstrained theta (..., D), context (..., C): (...)."""

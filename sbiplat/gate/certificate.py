@@ -23,7 +23,7 @@ from sbiplat.bank.layout import STATUS, versions
 from sbiplat.bank.stream import pairs_at, split, take
 from sbiplat.diagnostics.coverage import LEVELS
 from sbiplat.diagnostics.held_out import HeldOutFigures, held_out_figures
-from sbiplat.errors import RunError, SettingError, Uncertified
+from sbiplat.errors import RunError, Uncertified
 from sbiplat.gate.criteria import NOT_TESTED, Criteria, Criterion, decide
 from sbiplat.nets import embeddings
 from sbiplat.posteriors.base import Posterior
@@ -31,10 +31,12 @@ from sbiplat.posteriors.direct import from_run
 from sbiplat.progress import Progress
 from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
+from sbiplat.settings import whole_seed
 from sbiplat.training.trainer import TrainSettings
 
 FORMAT_VERSION = 1
 REFERENCE_ROWS = 10_000
+REFERENCE_BYTES = 2**28
 COVERAGE_FIGURES = ("p_value", "deviation", "deviation_band", "under", "under_band", "over", "over_band")
 
 
@@ -63,6 +65,13 @@ class Certificate:
         return [c for c in self.criteria if not c.passed]
 
     @property
+    def own_thresholds(self) -> str:
+        """The thresholds that are not sbiplat's own, in words; "" where all are."""
+        usual = asdict(Criteria())
+        own = {k: v for k, v in self.content["thresholds"].items() if k not in ("pairs", "draws") and usual.get(k) != v}
+        return ", ".join(f"{k} = {v} (usually {usual.get(k)})" for k, v in own.items())
+
+    @property
     def sha256(self) -> str:
         return str(self.content["sha256"])
 
@@ -87,6 +96,7 @@ class Certificate:
             assert content["format_version"] == FORMAT_VERSION
             assert isinstance(content["digests"], dict)
             assert isinstance(content["figures"], dict)
+            assert isinstance(content["thresholds"], dict)
             made = cls(content, run.path)
             _ = made.criteria, made.sha256, content["passed"]
             return made
@@ -99,7 +109,8 @@ class Certificate:
         if self._computed != self.sha256:
             raise Uncertified(f"the certificate of {run.path} was altered after it was written; {again}")
         digests = self.content["digests"]
-        for what, now in (("weights", run.weights_digest), ("config", run.config_digest), ("bank", run.bank_digest)):
+        for what, now in (("weights", run.weights_digest), ("config", run.config_digest), ("bank", run.bank_digest),
+                          ("split", run.record["split"]["digest"])):
             if digests.get(what) != now:
                 said = str(digests.get(what))[:12]
                 raise Uncertified(f"the certificate of {run.path} is for other {what}: it says {said}, the run has {now[:12]}; {again}")
@@ -125,8 +136,7 @@ def gate(
     n: pairs, by default 1000 or as many as were held out. thresholds: fields of `Criteria` by name.
     """
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
-        raise SettingError(f"seed must be a whole number of at least 0, got {seed!r}")
+    seed = whole_seed(seed)
     criteria = build_settings(Criteria, {**thresholds, **({"pairs": n} if n is not None else {})})
     progress = progress or Progress.auto()
     start = time.monotonic()
@@ -145,7 +155,8 @@ def _pairs(run: Run, bank: Bank, most: int, seed: int) -> tuple[dict[str, Any], 
     if apart.digest() != run.record["split"]["digest"]:
         raise RunError(f"the held-out rows of {run.path} cannot be found again: its split differs; train again")
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x9A13,)))
-    rows = rng.choice(bank.rows, min(bank.rows, REFERENCE_ROWS), replace=False)
+    most_rows = max(1000, min(REFERENCE_ROWS, REFERENCE_BYTES // bank.header.x.row_bytes))
+    rows = rng.choice(bank.rows, min(bank.rows, most_rows), replace=False)
     rows = rows[(bank.status[rows] == STATUS["ok"]) & ~np.isin(rows, apart.held_out)]
     return take(pairs_at(bank, apart.held_out), slice(most)), pairs_at(bank, rows)
 
@@ -219,4 +230,4 @@ def load(
         if not allow_uncertified:
             raise
         return from_run(run, device, certified="no", refusal=str(reason))
-    return from_run(run, device, certified="yes", certificate=certificate.sha256)
+    return from_run(run, device, certified="yes", certificate=certificate.sha256, own_thresholds=certificate.own_thresholds or None)

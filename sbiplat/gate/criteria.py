@@ -8,8 +8,11 @@ misspecification have their place in every certificate; until they are measured 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from scipy import special
 
 from sbiplat.diagnostics.coverage import Coverage, holm
 from sbiplat.diagnostics.held_out import HeldOutFigures
@@ -24,7 +27,7 @@ class Criteria:
 
     pairs: int = setting(1000, "held-out pairs", low=1)
     draws: int = setting(1000, "draws a pair", low=1)
-    least_pairs: int = setting(100, "fewer pairs than this certify nothing", low=1)
+    least_pairs: int = setting(200, "fewer pairs than this certify nothing", low=1)
     least_draws: int = setting(500, "fewer draws than this certify nothing", low=1)
     false_alarm: float = setting(0.01, "chance that a calibrated posterior is refused for uniformity", low=1e-6, high=0.5)
     deviation: float = setting(0.03, "max |ECP - alpha| up to which a significant departure is let pass", low=0.0, high=1.0)
@@ -50,6 +53,7 @@ def decide(figures: HeldOutFigures, criteria: Criteria) -> list[Criterion]:
     coverages = figures.coverages
     adjusted = holm([c.p_value for c in coverages])
     pairs = f"{figures.pairs} pairs" + (f" ({criteria.pairs} were asked for)" if figures.pairs < criteria.pairs else "")
+    pairs += f", which tell max |ECP - alpha| from chance from {smallest_seen(figures.pairs, criteria.false_alarm / len(coverages)):.2f} on"
     return [
         _enough("pairs", figures.pairs, criteria.least_pairs, pairs, "make a larger bank (simulate --n), or gate with a larger --n"),
         _enough("draws", figures.draws, criteria.least_draws, f"{figures.draws} draws a pair", "set the gate's draws higher"),
@@ -60,6 +64,11 @@ def decide(figures: HeldOutFigures, criteria: Criteria) -> list[Criterion]:
                   "the posterior is too wide: train longer, or with a larger net"),
         _informative(figures, criteria),
     ]
+
+
+def smallest_seen(pairs: int, level: float) -> float:
+    """The max |ECP - alpha| from which the Kolmogorov-Smirnov test refuses at this level."""
+    return float(special.kolmogi(level) / math.sqrt(pairs))
 
 
 def _enough(name: str, have: int, least: int, what: str, mend: str) -> Criterion:

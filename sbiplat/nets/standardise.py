@@ -33,7 +33,7 @@ def robust_scale(values: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDA
     values = np.asarray(values, float)
     low, middle, high = np.quantile(values, [0.25, 0.5, 0.75], axis=0)
     scale = (high - low) / 1.349
-    tiny = 1e-12 * (1 + np.abs(middle))
+    tiny = 64 * np.finfo(float).eps * np.abs(middle)  # what rounding alone makes of a constant
     scale = np.where(scale > tiny, scale, values.std(0))
     return middle, np.where(scale > tiny, scale, 1.0)
 
@@ -52,9 +52,10 @@ class Standardise(nn.Module):
         super().__init__()
         self.transforms = dict(spec.transform)
         self.scale = scale
+        dtype = getattr(torch, spec.dtype)  # x's own: a large offset goes before digits do
         for name, shape in spec.shapes.items():
-            self.register_buffer(f"loc_{name}", torch.zeros(shape))
-            self.register_buffer(f"scale_{name}", torch.ones(shape))
+            self.register_buffer(f"loc_{name}", torch.zeros(shape, dtype=dtype))
+            self.register_buffer(f"scale_{name}", torch.ones(shape, dtype=dtype))
 
     def fit(self, x: dict[str, Tensor]) -> None:
         """Set location and scale from rows of the bank."""
@@ -66,8 +67,8 @@ class Standardise(nn.Module):
     def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         out = {}
         for name, how in self.transforms.items():
-            value = transform(x[name], how).float()
+            value = transform(x[name], how)
             if self.scale:
                 value = soft_clip((value - getattr(self, f"loc_{name}")) / getattr(self, f"scale_{name}"))
-            out[name] = value
+            out[name] = value.float()
         return out

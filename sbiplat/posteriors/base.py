@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -13,6 +14,7 @@ from sbiplat.errors import PriorError, SettingError
 from sbiplat.observation import Fields, ObservationSpec
 from sbiplat.posteriors.export import to_arviz
 from sbiplat.prior import Prior
+from sbiplat.settings import whole_seed
 
 Array = NDArray[np.float64]
 
@@ -50,7 +52,7 @@ class Posterior:
         seed: fixes the draws; without one, fresh ones every time. Raises ObservationError where x has the wrong shape or NaN.
         """
         fields, batched = self.x.batch(x)
-        z = self.unconstrained_sample(fields, n, fresh_seed() if seed is None else seed)
+        z = self.unconstrained_sample(fields, n, fresh_seed() if seed is None else whole_seed(seed))
         theta = self.prior.constrain(z)
         return theta if batched else theta[0]
 
@@ -60,7 +62,10 @@ class Posterior:
         One x: theta (..., D) gives (...). A batch of B: theta (B, D) gives (B,), and (B, n, D) gives (B, n).
         """
         fields, batched = self.x.batch(x)
-        theta = np.asarray(theta, float)
+        try:
+            theta = np.asarray(theta, float)
+        except (TypeError, ValueError):
+            raise PriorError(f"theta must be numbers, its last axis {', '.join(self.prior.names)}") from None
         if theta.ndim == 0 or theta.shape[-1] != self.prior.dim:
             raise PriorError(f"theta has shape {theta.shape}; its last axis must hold {', '.join(self.prior.names)}")
         size = len(next(iter(fields.values())))
@@ -77,6 +82,10 @@ class Posterior:
         """(B, n, D) draws of z, for diagnostics."""
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
             raise SettingError(f"n must be a whole number of at least 1, got {n!r}")
+        need = 3 * 8 * len(next(iter(fields.values()))) * int(n) * self.prior.dim
+        have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if need > have:
+            raise SettingError(f"n = {n} draws take about {need / 1e9:.3g} GB, this machine has {have / 1e9:.3g} GB; ask for fewer at a time")
         return np.asarray(self.sampler.sample(fields, int(n), int(seed)), float)
 
     def unconstrained_log_prob(self, z: Array, fields: Fields) -> Array:
@@ -88,7 +97,7 @@ class Posterior:
 
         Given a batch, every parameter has a third dimension `observation`. Units, seed and digests are attributes.
         """
-        seed = fresh_seed() if seed is None else seed
+        seed = fresh_seed() if seed is None else whole_seed(seed)
         fields, batched = self.x.batch(x)
         return to_arviz(self.prior, fields, batched, self.sample(x, n, seed=seed), seed, self.provenance)
 

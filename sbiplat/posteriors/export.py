@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,6 +50,8 @@ def check_target(path: Path) -> None:
         raise SettingError(f"--out {path}: draws are written as .nc (ArviZ), .h5 or .csv")
     if not path.parent.is_dir():
         raise SettingError(f"--out {path}: there is no folder {path.parent}")
+    if not os.access(path.parent, os.W_OK):
+        raise SettingError(f"--out {path}: the folder {path.parent} cannot be written; choose another place")
 
 
 def write_draws(
@@ -58,7 +61,8 @@ def write_draws(
     check_target(path)
     with files.disk_errors(path), files.atomic_path(path) as temporary:
         if path.suffix.lower() == ".nc":
-            to_arviz(prior, x, batched, theta, seed, provenance).to_netcdf(str(temporary))
+            tree = to_arviz(prior, x, batched, theta, seed, provenance).to_datatree()
+            temporary.write_bytes(tree.to_netcdf(engine="h5netcdf"))  # at once: HDF5 that meets a full disk may crash at exit
         elif path.suffix.lower() == ".h5":
             _write_hdf5(temporary, prior, x, theta, seed, provenance)
         else:
@@ -82,4 +86,4 @@ def _write_csv(path: Path, prior: Prior, theta: NDArray[np.float64]) -> None:
     if theta.ndim == 3:
         owner = np.repeat(np.arange(len(theta)), theta.shape[1])[:, None]
         names, rows = ["observation", *names], np.concatenate([owner, theta.reshape(-1, theta.shape[-1])], axis=1)
-    np.savetxt(path, rows, fmt="%.16g", delimiter=",", header=",".join(names), comments="")
+    np.savetxt(path, rows, fmt="%.17g", delimiter=",", header=",".join(names), comments="")

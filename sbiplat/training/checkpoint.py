@@ -18,18 +18,18 @@ from sbiplat.errors import RunError
 VERSION = 1
 
 
-def save(path: Path, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
-    """Write named groups of tensors and a JSON state."""
+def save(path: Path, training: str, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    """Write named groups of tensors and a JSON state. training: the digest of the training that they belong to."""
     from safetensors.torch import save_file
 
     flat = {f"{group}|{name}": t.detach().contiguous().clone() for group, tensors in groups.items() for name, t in tensors.items()}
     path.parent.mkdir(exist_ok=True)
     with files.disk_errors(path), files.atomic_path(path) as temporary:
-        save_file(flat, temporary, {"version": str(VERSION), "state": json.dumps(state)})
+        save_file(flat, temporary, {"version": str(VERSION), "training": training, "state": json.dumps(state)})
 
 
-def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
-    """What `save` wrote; None where there is no checkpoint; RunError where it is damaged."""
+def load(path: Path, training: str) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | None:
+    """What `save` wrote; None where there is no checkpoint; RunError where it is damaged or of another training."""
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -40,6 +40,8 @@ def load(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]] | No
             if about.get("version") != str(VERSION):
                 found = about.get("version")
                 raise RunError(f"{path} is of checkpoint version {found}, this sbiplat reads {VERSION}; delete it to train anew")
+            if about.get("training") != training:
+                raise RunError(f"{path} is of another training than {path.parent.parent / 'run.json'}; delete it to train anew")
             groups: dict[str, dict[str, Tensor]] = {}
             for key in file.keys():  # noqa: SIM118 - not a dict
                 group, _, name = key.partition("|")

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,20 +33,23 @@ from torch import Tensor, nn
 
 from sbiplat import files
 from sbiplat.bank.bank import Bank
-from sbiplat.bank.layout import versions
+from sbiplat.bank.layout import STATUS, versions
 from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
 from sbiplat.errors import OtherTraining, RunError, SettingError
 from sbiplat.estimators.base import Architecture, Estimator, find
 from sbiplat.nets import embeddings
 from sbiplat.progress import Progress
-from sbiplat.runs import FORMAT_VERSION, Run
+from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
 from sbiplat.settings import build as build_settings
-from sbiplat.settings import setting
+from sbiplat.settings import setting, whole_seed
 from sbiplat.settings import split as split_settings
 from sbiplat.signals import Interrupted, Signals, Stopped
 from sbiplat.training import checkpoint
 
+DEVICES = ("cpu", "cuda")
+HELD_OUT_LEAST = 500
 SCALE_ROWS = 50_000
+SCALE_BYTES = 2**28
 PREPARE_ROWS = 8192
 PATIENCE_WITH_NON_FINITE = 20
 MOST_RECOVERIES = 3
@@ -65,16 +69,15 @@ class TrainSettings:
     clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
     ema: float = setting(0.0, "decay of the moving average of weights, a step; 0 for none", low=0.0, high=0.99999)
     validation: float = setting(0.05, "share of rows for the validation loss", low=0.001, high=0.5)
-    held_out: float = setting(0.1, "share of rows kept for the gate, which training never sees", low=0.001, high=0.5)
+    held_out: float | None = setting(
+        None, "share of rows kept for the gate, which training never sees; by default a tenth, of a small bank up to a fifth for 500 rows",
+        low=0.001, high=0.5)
     held_out_most: int = setting(5000, "at most so many rows for each of the two", low=10)
     memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
     threads: int = setting(1, "torch threads", low=1, high=1024)
     device: str = setting("cpu", "cpu, cuda or cuda:K")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", low=0.0)
 
-
-# Settings that change how long a training takes or where it runs, not what it is: a resume may change them.
-PRACTICAL = ("memory_mb", "threads", "device", "checkpoint_seconds")
 
 
 def train(
@@ -85,8 +88,7 @@ def train(
     settings: fields of `TrainSettings` and of the estimator's own settings, by name. Raises SettingError, BankError,
     RunError where `out` holds another training, and Stopped after SIGINT or SIGTERM.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62:
-        raise SettingError(f"seed must be a whole number of at least 0, got {seed!r}")
+    seed = whole_seed(seed)
     bank = (bank if isinstance(bank, Bank) else Bank.open(bank)).require_complete()
     if "embedding" in settings:
         settings["embedding"] = embeddings.register(settings["embedding"])
@@ -98,13 +100,19 @@ def train(
     progress = progress or Progress.auto()
     torch.set_num_threads(training.threads)
 
-    run = _begin(bank, architecture, training, seed, Path(out), progress)
-    if run.finished:
+    out = Path(out)
+    apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
+    record = _record(bank, architecture, training, seed, apart, out)
+    if not (out / "run.json").exists():
+        _check_new(bank, architecture, seed, apart, out, progress)
+    elif (run := _same(record, out)).finished:
         return run
     busy = RunError(f"another process is training into {out}; wait for it, or stop it first")
-    with files.locked(run.path, busy), _global_generator_kept():
-        run = Run.open(run.path)  # it may have been finished meanwhile
-        return run if run.finished else _Training(run, bank, training, progress).finish()
+    with files.locked(out, busy), _global_generator_kept():
+        if not (out / "run.json").exists():
+            files.write_json(out / "run.json", {**record, "finished": False, "created": files.now(), "versions": versions()})
+        run = _same(record, out)  # another process may have begun or finished it meanwhile
+        return run if run.finished else _Training(run, bank, apart, training, progress).finish()
 
 
 def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
@@ -116,17 +124,20 @@ def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
         values["learning_rate"] = min(5e-3, 3e-3 * math.sqrt(values["batch_size"] / 256))
     if settings.max_epochs is None:
         values["max_epochs"] = min(200, max(10, round(4000 * values["batch_size"] / bank.rows)))
+    if settings.held_out is None:
+        values["held_out"] = min(0.2, max(0.1, HELD_OUT_LEAST / max(1, int((bank.status == STATUS["ok"]).sum()))))
     try:
+        if torch.device(settings.device).type not in DEVICES:
+            raise RuntimeError(f"expected {' or '.join(DEVICES)}")
         torch.empty(0, device=settings.device)
     except (RuntimeError, AssertionError) as error:
         raise SettingError(f"device = {settings.device!r} is not to be had here: {str(error).splitlines()[0]}") from None
     return build_settings(TrainSettings, values)
 
 
-def _begin(bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, out: Path, progress: Progress) -> Run:
-    """The run directory with its record: a new one, or the one there if it is of the same training."""
-    apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
-    identity = {
+def _record(bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, apart: Split, out: Path) -> dict[str, Any]:
+    """What this training is: run.json less its outcome."""
+    return {
         "format_version": FORMAT_VERSION, "architecture": architecture.to_json(), "training": asdict(training), "seed": seed,
         "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out),
                  "digest": bank.digest, "rows": bank.rows, "simulator": bank.header.simulator,
@@ -134,42 +145,40 @@ def _begin(bank: Bank, architecture: Architecture, training: TrainSettings, seed
         "prior": bank.header.prior.to_json(),
         "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
                   "left_out": apart.left_out, "digest": apart.digest()},
+        "embedding_source": embeddings.source_digest(getattr(architecture.settings, "embedding", "mlp")),
     }
-    if (out / "run.json").exists():
-        run = Run.open(out)
-        _check_same(run.record, identity, out)
-        return run
-    if out.exists() and (not out.is_dir() or any(p.name not in ("checkpoint", "lock") for p in out.iterdir())):
+
+
+def _check_new(bank: Bank, architecture: Architecture, seed: int, apart: Split, out: Path, progress: Progress) -> None:
+    """All that can be told before anything is written: the place, the net, the bank."""
+    if out.exists() and (not out.is_dir() or any(p.name != "lock" and not p.name.startswith(".tmp-") for p in out.iterdir())):
         raise RunError(f"{out} holds other files and is no run; give the run another --out")
-    architecture.build(seed)  # a net that cannot be made, or does not take x, is told before anything is written
+    architecture.build(seed)
     problems = bank.verify(progress)
     if problems:
         raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
     if apart.left_out:
-        share = apart.left_out / bank.rows
-        progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: "
+        progress.say(f"{apart.left_out} of {bank.rows} rows ({apart.left_out / bank.rows:.2%}) failed and are left out: "
                      "the posterior is given that a simulation succeeds")
-    with files.disk_errors(out / "run.json"):
-        out.mkdir(parents=True, exist_ok=True)
-    record = {**identity, "finished": False, "created": files.now(), "versions": versions(),
-              "embedding_source": embeddings.source_digest(getattr(architecture.settings, "embedding", "mlp"))}
-    files.write_json(out / "run.json", record)
-    return Run.open(out)
 
 
-def _check_same(old: Mapping[str, Any], new: Mapping[str, Any], out: Path) -> None:
-    """Refuse to resume a training under other settings, naming the first that differs."""
+def _same(record: Mapping[str, Any], out: Path) -> Run:
+    """The run that stands in `out`, if it is of the same training; raises OtherTraining with the first thing that differs."""
+    run = Run.open(out)
+
     def flat(record: Mapping[str, Any]) -> dict[str, Any]:
         settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL}}
         return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
-                **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12]}
+                **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
+                "the embedding's code": (record.get("embedding_source") or "none")[:12]}
 
-    mine, theirs = flat(old), flat(new)
+    mine, theirs = flat(run.record), flat(record)
     differs = [k for k in theirs if mine.get(k) != theirs[k]]
     if differs:
         k = differs[0]
         raise OtherTraining(f"{out} was begun with {k} = {mine.get(k)!r}, not {theirs[k]!r}; "
                             "use the same settings to resume, or another --out")
+    return run
 
 
 @contextmanager
@@ -192,13 +201,13 @@ def one_thread() -> Iterator[None]:
 class _Training:
     """One training under way: its state between two steps, and the steps."""
 
-    def __init__(self, run: Run, bank: Bank, settings: TrainSettings, progress: Progress) -> None:
+    def __init__(self, run: Run, bank: Bank, apart: Split, settings: TrainSettings, progress: Progress) -> None:
         self.run, self.settings, self.progress = run, settings, progress
         self.device = torch.device(settings.device)
-        apart: Split = split(bank, run.seed, settings.validation, settings.held_out, settings.held_out_most)
         self.batches = Batches(bank, apart, settings.batch_size or 1, run.seed, int(settings.memory_mb * 2**20))
         self.estimator: Estimator = run.architecture.build(run.seed)
-        scale = self._tensors(self.batches.sample(SCALE_ROWS), torch.device("cpu"))
+        rows = max(1000, min(SCALE_ROWS, SCALE_BYTES // bank.header.x.row_bytes))
+        scale = self._tensors(self.batches.sample(rows), torch.device("cpu"))
         self.estimator.fit_scales(scale["theta"], scale["x"])
         self.estimator.to(self.device)
         self.validation = self._prepared(pairs_at(bank, apart.validation))
@@ -212,6 +221,7 @@ class _Training:
             "in_a_row": 0, "skipped": 0, "recoveries": 0, "train_loss": 0.0, "seconds": 0.0,
         }
         self._since = time.monotonic()
+        self._identity = files.digest_of({"config": run.config_digest, "bank": run.bank_digest})
         self._resume()
 
     # ------------------------------------------------------------------------------------------------------- steps
@@ -372,11 +382,11 @@ class _Training:
                   **({"average": self.average} if self.average is not None else {}),
                   **{f"optimizer{k}": checkpoint.optimizer_tensors(o) for k, o in enumerate(self.optimizers)}}
         state = {k: (None if isinstance(v, float) and math.isinf(v) else v) for k, v in self.state.items()}
-        checkpoint.save(self.run.path / "checkpoint" / "state.safetensors", groups, state)
+        checkpoint.save(self.run.path / "checkpoint" / "state.safetensors", self._identity, groups, state)
 
     def _resume(self) -> None:
         self._clock = time.monotonic()
-        found = checkpoint.load(self.run.path / "checkpoint" / "state.safetensors")
+        found = checkpoint.load(self.run.path / "checkpoint" / "state.safetensors", self._identity)
         if found is not None:
             groups, state = found
             self.state = {k: (math.inf if v is None else v) for k, v in state.items()}
@@ -403,9 +413,7 @@ class _Training:
                    "steps": state["step"], "seconds": round(state["seconds"], 1), "skipped_steps": state["skipped"],
                    "recoveries": state["recoveries"], "parameters": sum(p.numel() for p in self.estimator.parameters())}
         files.write_json(self.run.path / "run.json", {**self.run.record, "finished": True, "outcome": outcome})
-        (self.run.path / "checkpoint" / "state.safetensors").unlink(missing_ok=True)
-        if (self.run.path / "checkpoint").is_dir():
-            (self.run.path / "checkpoint").rmdir()
+        shutil.rmtree(self.run.path / "checkpoint", ignore_errors=True)
         return Run.open(self.run.path)
 
 

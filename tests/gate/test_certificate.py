@@ -47,7 +47,7 @@ def test_an_altered_certificate_shuts_it(run_copy, edit):
         sp.load(run_copy)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"format_version": 1}', '{"format_version": 99, "passed": true}', "[" * 5000])
+@pytest.mark.parametrize("text", ["", "[]", "{}", "not json", '{"format_version": 1}', '{"format_version": 99, "passed": true}', "[" * 5000, '{"passed": NaN}'])
 def test_a_damaged_certificate_is_one_clear_line(run_copy, text):
     (run_copy / "certificate.json").write_text(text)
     with pytest.raises(Uncertified) as error:
@@ -117,7 +117,7 @@ def test_an_extended_bank_still_gates_a_run_made_before(line_simulator, tmp_path
 
 @pytest.mark.parametrize(("file", "text", "message"), [
     ("run.json", "{}", "format None"), ("run.json", '{"format_version": 2}', "is of run format 2, this sbiplat reads 1"),
-    ("run.json", '{"format_version": 1}', "it lacks"), ("run.json", "nonsense", "not JSON"), ("weights.safetensors", "nonsense", "damaged"),
+    ("run.json", '{"format_version": 1}', "it lacks"), ("run.json", '{"format_version": Infinity}', "Infinity"), ("run.json", "nonsense", "not JSON"), ("weights.safetensors", "nonsense", "damaged"),
 ])
 def test_a_damaged_run_is_one_clear_line(run_copy, file, text, message):
     (run_copy / file).write_text(text)
@@ -155,3 +155,60 @@ def test_changed_code_of_an_embedding_shuts_it(line_bank, tmp_path):
     assert opened() == "opened" or "refused" in opened()
     net.write_text(text.replace("SCALE = 1.0", "SCALE = 2.0"))
     assert "is for other config" in opened()
+
+
+@pytest.mark.parametrize(("place", "value"), [
+    ("finished", "yes"), ("seed", 1.5), ("bank.rows", "6000"), ("bank.path", None), ("split.digest", 3), ("training", []), ("outcome", {}),
+    ("architecture", []), ("prior", "p"),
+])
+def test_odd_values_in_a_run_are_one_clear_line(run_copy, place, value):
+    record = json.loads((run_copy / "run.json").read_text())
+    *folders, key = place.split(".")
+    table = record[folders[0]] if folders else record
+    table[key] = value
+    (run_copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(RunError, match="is damaged") as error:
+        sp.load(run_copy, allow_uncertified=True)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("edit", [
+    lambda r: r.update(seed=5), lambda r: r["training"].update(held_out=0.2), lambda r: r["split"].update(digest="0" * 64),
+    lambda r: r["training"].update(learning_rate=1.0),
+])
+def test_a_changed_record_of_the_training_shuts_it(run_copy, edit):
+    record = json.loads((run_copy / "run.json").read_text())
+    edit(record)
+    (run_copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(Uncertified, match="is for other config"):
+        sp.load(run_copy)
+
+
+def test_weights_that_change_between_hash_and_load_are_not_used(run_copy, line_bank, tmp_path):
+    other = sp.train(line_bank, "npe", out=tmp_path / "other", seed=3, progress=silent, **QUICK)
+    run = sp.Run.open(run_copy)
+    assert run.weights_digest
+    shutil.copy(other.weights_path, run.weights_path)
+    with pytest.raises(RunError, match="changed by another process"):
+        sp.load(run)
+
+
+def test_lost_weights_name_the_mend(run_copy):
+    (run_copy / "weights.safetensors").unlink()
+    with pytest.raises(RunError, match="delete it and train again"):
+        sp.load(run_copy)
+
+
+def test_thresholds_of_ones_own_stay_with_the_draws(run_copy):
+    assert "own_thresholds" not in {k for k, v in sp.load(run_copy).provenance.items() if v}
+    assert sp.gate(run_copy, progress=silent, under_coverage=0.5, n=300).passed
+    posterior = sp.load(run_copy)
+    assert posterior.provenance["own_thresholds"] == "under_coverage = 0.5 (usually 0.06)"
+    assert posterior.to_arviz(np.zeros(2), 5).posterior.attrs["own_thresholds"]
+
+
+def test_few_pairs_say_what_they_cannot_see(run_copy):
+    few, many = (sp.gate(run_copy, progress=silent, n=n).criteria[0] for n in (250, 600))
+    assert "from chance from 0.11 on" in few.statement
+    assert "from chance from 0.07 on" in many.statement
+    assert not sp.gate(run_copy, progress=silent, n=150).passed

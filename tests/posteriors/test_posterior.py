@@ -117,3 +117,11 @@ def test_wrong_theta_and_wrong_n_are_refused(posterior):
     for n in (0, -1, 2.5, True):
         with pytest.raises(sp.UserError, match="n must be a whole number"):
             posterior.sample(np.zeros(2), n)
+    with pytest.raises(sp.UserError, match="ask for fewer at a time"):
+        posterior.sample(np.zeros(2), 10**13)
+    for theta in ("text", [["a", "b"]], [], None):
+        with pytest.raises(PriorError, match="slope, offset"):
+            posterior.log_prob(theta, np.zeros(2))
+    for seed in (-1, 2.5, "x", True):
+        with pytest.raises(sp.UserError, match="seed must be a whole number"):
+            posterior.sample(np.zeros(2), 5, seed=seed)

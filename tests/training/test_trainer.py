@@ -1,6 +1,11 @@
 """Training: seeded, resumable to the same weights, and safe against what goes wrong."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +13,12 @@ import torch
 from conftest import QUICK, line_posterior
 
 import sbiplat as sp
+from sbiplat import files
 from sbiplat.bank.stream import Batches, split
 from sbiplat.errors import OtherTraining, RunError, SettingError
 from sbiplat.estimators.npe import NPE
 from sbiplat.progress import silent
+from sbiplat.runs import Run
 from sbiplat.training import trainer
 
 
@@ -76,7 +83,7 @@ def test_a_finished_run_is_returned_at_once_and_other_settings_are_refused(line_
         train(line_bank, line_run.path, max_epochs=13)
     with pytest.raises(OtherTraining, match="seed = 0, not 5"):
         train(line_bank, line_run.path, seed=5)
-    train(line_bank, line_run.path, memory_mb=512)  # practical settings may change
+    train(line_bank, line_run.path, checkpoint_seconds=5)  # practical settings may change
 
 
 def test_best_weights_are_kept_when_later_epochs_are_worse(line_bank, tmp_path, monkeypatch):
@@ -137,6 +144,9 @@ def test_an_outlier_in_the_bank_does_not_break_training(tmp_path):
     ({"flwo": "nsf"}, "no setting is called 'flwo'; did you mean flow"),
     ({"hidden": [64, "a"]}, "hidden = "),
     ({"device": "cuda:7"}, "not to be had here"),
+    ({"device": "meta"}, "not to be had here"),
+    ({"hidden": [10**9]}, "hidden = "),
+    ({"seed": -1}, "seed must be a whole number"),
     ({"embedding": torch.nn.Linear(2, 2)}, "give the class Linear, not an instance"),
     ({"embedding": "nowhere.py:Net"}, "no simulator file|nowhere.py"),
     ({"embedding": torch.nn.Identity}, "must return"),
@@ -227,3 +237,123 @@ def test_a_training_that_cannot_begin_leaves_nothing_behind(line_bank, tmp_path)
     with pytest.raises(SettingError, match="must return"):
         train(line_bank, tmp_path / "run", embedding=Bad)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_training_is_never_resumed(line_bank, tmp_path, monkeypatch):
+    """run.json went, its checkpoint stayed: the next training must not take over foreign weights."""
+    def stop(self, batch):
+        raise trainer.Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Training, "_step", stop)
+        with pytest.raises(trainer.Stopped):
+            train(line_bank, tmp_path / "run", seed=1)
+        with pytest.raises(trainer.Stopped):
+            train(line_bank, tmp_path / "other", seed=2)
+    shutil.copytree(tmp_path / "run" / "checkpoint", tmp_path / "other" / "checkpoint", dirs_exist_ok=True)
+    with pytest.raises(RunError, match="is of another training"):
+        train(line_bank, tmp_path / "other", seed=2)
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(RunError, match="holds other files"):
+        train(line_bank, tmp_path / "run", seed=2)
+
+
+def test_two_processes_that_begin_at_once_make_one_run(line_bank, tmp_path, monkeypatch):
+    """The other one writes run.json between this one's look and its lock."""
+    original, out = files.locked, tmp_path / "run"
+
+    def late(folder, busy):
+        if not (out / "run.json").exists():
+            with monkeypatch.context() as patch:
+                patch.setattr(trainer.files, "locked", original)
+                train(line_bank, out, seed=7)
+        return original(folder, busy)
+
+    monkeypatch.setattr(trainer.files, "locked", late)
+    with pytest.raises(OtherTraining, match="seed = 7, not 8"):
+        train(line_bank, out, seed=8)
+    assert Run.open(out).seed == 7
+
+
+def test_leftovers_of_a_killed_write_do_no_harm(line_bank, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / ".tmp-run.json-1").write_text("{")
+    original = trainer._Training._write_result
+
+    def leave(self):
+        (self.run.path / "checkpoint").mkdir(exist_ok=True)
+        (self.run.path / "checkpoint" / ".tmp-state.safetensors-1").write_text("half")
+        return original(self)
+
+    monkeypatch.setattr(trainer._Training, "_write_result", leave)
+    assert train(line_bank, out, max_epochs=1).finished
+    assert not (out / "checkpoint").exists()
+
+
+def test_a_full_disk_is_one_clear_line(line_bank, tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(sp.UserError, match="the disk is full at"):
+        train(line_bank, tmp_path / "run", max_epochs=1)
+
+
+def test_weights_can_be_read_by_others(line_run):
+    mode = line_run.weights_path.stat().st_mode
+    assert mode & 0o777 == (line_run.path / "run.json").stat().st_mode & 0o777 != 0o600
+
+
+def test_changed_code_of_an_embedding_is_another_training(line_bank, tmp_path):
+    net = tmp_path / "net.py"
+    text = "import torch\n\nSCALE = 1.0\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return SCALE * x\n"
+    net.write_text(text)
+    code = "import sys; sys.path.insert(0, sys.argv[4]); from test_trainer import retrain; print(retrain(*sys.argv[1:4]))"
+
+    def retrain_apart():
+        words = [sys.executable, "-c", code, line_bank.path, tmp_path / "run", f"{net}:Net", Path(__file__).parent]
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        return subprocess.run(words, capture_output=True, text=True, timeout=120, env=env)
+
+    first = retrain_apart()
+    assert "trained" in first.stdout, first.stderr
+    net.write_text(text.replace("SCALE = 1.0", "SCALE = 2.0"))
+    assert "the embedding's code" in retrain_apart().stdout
+
+
+def retrain(bank, out, embedding):
+    try:
+        sp.train(bank, "npe", out=out, progress=silent, embedding=embedding, **QUICK)
+    except OtherTraining as error:
+        return error
+    return "trained"
+
+
+def test_digits_behind_a_large_offset_are_kept(tmp_path):
+    """GPS seconds: float64 x of 1.2e9 with milliseconds that matter."""
+    @sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1)}), x_shape=(2,), dtype="float64", batched=True, name="late")
+    def late(theta, rng):
+        return 1.2e9 + 1e-3 * (theta + 0.5 * rng.standard_normal((len(theta), 2)))
+
+    bank = sp.simulate(late, 3000, 1, tmp_path / "bank", workers=1, progress=silent)
+    run = train(bank, tmp_path / "run")
+    x = 1.2e9 + 1e-3 * np.array([1.0, 1.0])
+    assert abs(sp.load(run, allow_uncertified=True).sample(x, 4000, seed=0).mean() - 8 / 9) < 0.15
+
+
+def test_an_embedding_of_double_precision_trains(line_bank, tmp_path):
+    class Double(torch.nn.Module):
+        def forward(self, x):
+            return x.double()
+
+    assert train(line_bank, tmp_path / "run", embedding=Double, max_epochs=1).finished
+
+
+@pytest.mark.parametrize(("rows", "pairs"), [(6000, 600), (4000, 500), (1000, 200)])
+def test_small_banks_keep_more_for_the_gate(line_bank, rows, pairs):
+    filled = trainer._filled(trainer.TrainSettings(), line_bank.first(rows))
+    apart = split(line_bank.first(rows), 0, filled.validation, filled.held_out, filled.held_out_most)
+    assert len(apart.held_out) == pairs
