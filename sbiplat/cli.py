@@ -106,9 +106,10 @@ def _card_text(card: dict[str, Any]) -> str:
     laws = card["prior"].get("independent")
     lines.append("parameters")
     for k, (name, unit) in enumerate(zip(card["prior"]["names"], card["prior"]["units"], strict=True)):
-        law = laws[k] if laws else {"law": "joint"}
+        law = laws[k] if laws else {}
         inside = ", ".join(f"{a}={b:g}" for a, b in law.items() if a not in ("law", "unit") and b is not None)
-        lines.append(f"  {name:16} {law['law']}({inside}){' ' + unit if unit else ''}")
+        text = f"{law['law']}({inside})" if laws else f"joint law: {next(k for k in card['prior'] if k not in ('names', 'units'))}"
+        lines.append(f"  {name:16} {text}{' ' + unit if unit else ''}")
     x = card["x"]
     shapes = tuple(x["shapes"]["x"]) if x["plain"] else {k: tuple(v) for k, v in x["shapes"].items()}
     lines.append(f"x  {shapes} {x['dtype']}" + (f", transform {x['transform']}" if set(x["transform"].values()) != {"none"} else ""))

@@ -139,6 +139,9 @@ def log_likelihood(theta: Array, x: Array) -> Array:
     log_likelihood=log_likelihood,
 )
 def predator_prey(theta: Array, rng: np.random.Generator) -> Array:
-    """Yearly pelts of hares and lynx, (B, 21, 2), from 1900 to 1920."""
+    """Yearly pelts of hares and lynx from 1900 to 1920.
+
+    theta (B, 8) -> x (B, 21, 2).
+    """
     noise = rng.standard_normal((len(theta), YEARS + 1, 2))
     return np.exp(solve(theta) + theta[:, None, 6:8] * noise)

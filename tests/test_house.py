@@ -332,3 +332,16 @@ def run_snippet(text, *words):
 def bank_bytes(path):
     """The last row's x, as it lies in its segment."""
     return sp.Bank.open(path).x[-1].tobytes()
+
+
+def api_table():
+    """Every public name and what it is, from the code."""
+    rows = ["| name | what |", "|---|---|"]
+    for name in sp.__all__:
+        rows.append(f"| `{name}` | {inspect.getdoc(getattr(sp, name)).splitlines()[0].replace('|', chr(92) + '|')} |")
+    return "\n".join(rows)
+
+
+def test_the_docs_list_the_public_names():
+    shown = (ROOT / "docs" / "api.md").read_text().partition("<!-- api -->\n\n")[2].strip()
+    assert shown == api_table(), f"put this under <!-- api --> in docs/api.md:\n{api_table()}"

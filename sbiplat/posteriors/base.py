@@ -85,7 +85,7 @@ class Posterior:
         need = 3 * 8 * len(next(iter(fields.values()))) * int(n) * self.prior.dim
         have = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         if need > have:
-            raise SettingError(f"n = {n} draws take about {need / 1e9:.3g} GB, this machine has {have / 1e9:.3g} GB; ask for fewer at a time")
+            raise SettingError(f"n = {n} draws take about {need / 1e9:.3g} GB, more than there are here; ask for fewer at a time")
         return np.asarray(self.sampler.sample(fields, int(n), int(seed)), float)
 
     def unconstrained_log_prob(self, z: Array, fields: Fields) -> Array:
