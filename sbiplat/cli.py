@@ -132,13 +132,17 @@ def simulate(
     workers: Annotated[int | None, typer.Option(help="Local processes; by default one a core. Under mpiexec the ranks count.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Rows of a block; part of what the content depends on.")] = None,
     checked: Annotated[bool, typer.Option("--check/--no-check", help="Run a few rows against the contract before a new bank.")] = True,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds a row (of a batched simulator: a block) may take.")] = None,
+    recycle: Annotated[int | None, typer.Option(help="Blocks after which a simulator's process is replaced, if it leaks memory.")] = None,
+    isolate: Annotated[bool, typer.Option(help="Run the simulator in child processes, which may crash or hang.")] = True,
     as_json: Json = False,
 ) -> None:
     """Fill a bank with simulations; resumes and extends. `mpiexec -n R sbiplat simulate ...` uses R ranks."""
     from sbiplat.bank import fill
     from sbiplat.bank.farm import mpi_world
 
-    made = fill.simulate(sim, n, seed, out, workers=workers, block_size=block_size, checked=checked)
+    made = fill.simulate(sim, n, seed, out, workers=workers, block_size=block_size, checked=checked, time_limit=time_limit,
+                         recycle=recycle, isolate=isolate)
     comm = mpi_world()
     if comm is None or comm.Get_rank() == 0:
         info = made.info()

@@ -28,9 +28,9 @@ from typing import Any, NoReturn, TypeVar
 import numpy as np
 
 from sbiplat.bank import segment
-from sbiplat.bank.layout import STATUS, Header, default_rows_per_segment, pieces, streams
-from sbiplat.bank.segment import Rows
-from sbiplat.errors import BankError, SimulatorError, UserError
+from sbiplat.bank.layout import STATUS, Header, default_rows_per_segment
+from sbiplat.bank.sandbox import Direct, Limits, Runner, Sandbox
+from sbiplat.errors import BankError, UserError
 from sbiplat.signals import Interrupted, Signals
 from sbiplat.simulator import Simulator
 
@@ -55,9 +55,16 @@ class Job:
     simulator: Simulator
     header: Header
     folder: Path
+    limits: Limits
+
+    def runner(self) -> Runner:
+        if self.limits.isolate:
+            return Sandbox(self.simulator, self.header, self.limits, signals)
+        return Direct(self.simulator, self.header, signals)
 
 
 _job: Job | None = None
+_runner: Runner | None = None
 
 
 signals = Signals()
@@ -66,62 +73,43 @@ signals = Signals()
 # ------------------------------------------------------------------------------------------------------- a worker
 
 
-def simulate_rows(simulator: Simulator, header: Header, first: int, stop: int) -> Rows:
-    """Rows first..stop-1 of one block, each with its status; whatever the simulator raises stays in its row."""
-    rngs = streams(header, first, stop)
-    count = stop - first
-    theta = simulator.prior.sample(rngs[0], count) if simulator.batched else simulator.prior.sample_each(rngs)
-    x = {k: np.full((count, *shape), np.nan, header.x.dtype) for k, shape in header.x.shapes.items()}
-    status, seconds = np.zeros(count, np.uint8), np.zeros(count, np.float32)
-    messages: dict[int, str] = {}
-    calls = [(slice(None), theta, rngs[0], (count,))] if simulator.batched else \
-        [(i, theta[i], rng, ()) for i, rng in enumerate(rngs)]
-    for where, inputs, rng, lead in calls:
-        start = time.perf_counter()
-        try:
-            for name, values in simulator.conform(simulator(inputs.copy(), rng), lead).items():
-                x[name][where] = values
-        except (Exception, SystemExit) as error:  # the user's own code: anything may come
-            status[where] = STATUS["raised"]
-            text = str(error) if isinstance(error, SimulatorError) else f"{type(error).__name__}: {error}"
-            messages[first + (where if isinstance(where, int) else 0)] = text.replace("\n", " ")
-        seconds[where] = (time.perf_counter() - start) / (lead[0] if lead else 1)
-    finite = np.ones(count, bool)
-    for values in x.values():
-        finite &= np.isfinite(values).reshape(count, -1).all(-1)
-    status[~finite & (status == STATUS["ok"])] = STATUS["non-finite"]
-    return Rows(first, theta, x, status, seconds, messages)
-
-
 def fill(first: int, stop: int) -> list[Receipt]:
     """A task: simulate rows first..stop-1 and commit them. Stops early, with what is whole, when asked to."""
+    global _runner
     job = _job
     assert job is not None
-    limit = default_rows_per_segment(job.header)
+    if _runner is None:
+        _runner = job.runner()
     done: list[Receipt] = []
-    held: list[Rows] = []
-    since = time.monotonic()
+    kept, since = first, time.monotonic()
 
-    def commit() -> None:
-        nonlocal held, since
-        if held:
-            rows = Rows.join(held)
+    def commit(end: int) -> None:
+        nonlocal kept, since
+        if end > kept:
+            rows = _runner.rows(kept, end)
             made = segment.commit(job.folder, job.header, rows)
             counts = np.bincount(rows.status, minlength=len(STATUS))
             done.append(Receipt(made.first, made.stop, tuple(int(c) for c in counts), float(rows.seconds.sum())))
-        held, since = [], time.monotonic()
+            kept = end
+        since = time.monotonic()
 
+    _runner.start(first, stop)
     try:
-        for a, b in pieces(first, stop, job.header.block_size):
-            with signals.interruptible():
-                rows = simulate_rows(job.simulator, job.header, a, b)
-            held.append(rows)
-            if sum(map(len, held)) >= limit or time.monotonic() - since >= COMMIT_SECONDS:
-                commit()
+        while not _runner.step(COMMIT_SECONDS - (time.monotonic() - since)):
+            if time.monotonic() - since >= COMMIT_SECONDS:
+                whole = _runner.done // job.header.block_size * job.header.block_size
+                commit(whole if whole > kept else _runner.done)
+        commit(stop)
     except Interrupted:
-        pass
-    commit()
+        commit(_runner.done)
     return done
+
+
+def _end_runner() -> None:
+    global _runner
+    if _runner is not None:
+        _runner.close()
+        _runner = None
 
 
 def _start_worker(job: Job) -> None:
@@ -209,7 +197,10 @@ def run_local(job: Job, gaps: list[tuple[int, int]], workers: int, on_receipts: 
     tasks = spans(gaps, job.header, workers)
     _job = job
     if workers == 1:
-        dispatch(_Here(), tasks, 1, on_receipts)
+        try:
+            dispatch(_Here(), tasks, 1, on_receipts)
+        finally:
+            _end_runner()
         return
     others = set(multiprocessing.active_children())
 
@@ -222,8 +213,8 @@ def run_local(job: Job, gaps: list[tuple[int, int]], workers: int, on_receipts: 
         try:
             dispatch(pool, tasks, 2 * workers, on_receipts, stop_workers)
         except BrokenProcessPool:
-            raise BankError(f"a worker process died while it ran simulator {job.simulator.name!r} (a crash in compiled code, "
-                            "or killed for memory); committed rows are kept, the same command resumes") from None
+            raise BankError(f"a worker process was killed while it ran simulator {job.simulator.name!r} (perhaps for want of "
+                            "memory); committed rows are kept, the same command resumes") from None
 
 
 # ------------------------------------------------------------------------------------------------------------- MPI
@@ -244,6 +235,8 @@ def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Calla
         signals.requested = True
     except BaseException as error:
         abort(comm, error)
+    finally:
+        _end_runner()
 
 
 def together(comm: Any, function: Callable[[], T]) -> T:

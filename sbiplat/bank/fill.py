@@ -20,8 +20,10 @@ from sbiplat.bank import farm, index
 from sbiplat.bank.bank import Bank, read_header
 from sbiplat.bank.farm import one_fate, together
 from sbiplat.bank.layout import STATUS, Header
+from sbiplat.bank.sandbox import Limits, check_apart
 from sbiplat.errors import BankError, SettingError
 from sbiplat.progress import Progress, silent
+from sbiplat.settings import build
 from sbiplat.signals import Interrupted, Stopped
 from sbiplat.simulator import Simulator, check, resolve
 
@@ -37,6 +39,7 @@ class _Order:
     block_size: int | None
     checked: bool
     progress: Progress
+    limits: Limits
 
     @property
     def header_path(self) -> Path:
@@ -46,7 +49,7 @@ class _Order:
         return files.locked(self.out, BankError(f"another process is filling {self.out}; wait for it, or stop it first"))
 
     def job(self, header: Header) -> farm.Job:
-        return farm.Job(self.simulator, header, self.out / "segments")
+        return farm.Job(self.simulator, header, self.out / "segments", self.limits)
 
 
 Gaps = list[tuple[int, int]]
@@ -61,12 +64,18 @@ def simulate(
     workers: int | None = None,
     block_size: int | None = None,
     checked: bool = True,
+    time_limit: float | None = None,
+    recycle: int | None = None,
+    isolate: bool = True,
     progress: Progress | None = None,
 ) -> Bank:
     """Fill a bank with n rows; the same call resumes it, a larger n extends it.
 
     Local processes run the blocks (`workers`, by default one a core), or the MPI ranks where this program was started
     under mpiexec or srun. `checked=False` leaves out the contract check that runs a few rows before a new bank.
+    The simulator runs in child processes, which are replaced when it crashes, after `recycle` blocks where it leaks, and when
+    a call (a row, or a block where it is batched) takes longer than `time_limit` seconds; `isolate=False` runs it in the
+    worker itself, for what cannot be forked (CUDA, MPI), without any of that.
     Raises SimulatorError, BankError, and Stopped after SIGINT or SIGTERM; what was committed is kept in every case.
     Under MPI rank 0 raises, and the other ranks exit quietly with the same code.
     """
@@ -74,14 +83,15 @@ def simulate(
         optional = name in ("workers", "block_size") and value is None
         if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62):
             raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    limits = build(Limits, {"time_limit": time_limit, "recycle": recycle, "isolate": isolate})
     progress = progress or Progress.auto()
     comm = farm.mpi_world()
     if comm is None:
-        order = _Order(resolve(simulator), int(n), int(seed), Path(out), block_size, checked, progress)
+        order = _Order(resolve(simulator), int(n), int(seed), Path(out), block_size, checked, progress, limits)
         return _simulate_here(order, workers or farm.available_cores())
     with one_fate(comm):
         made = together(comm, lambda: resolve(simulator))
-        return _simulate_with(comm, _Order(made, int(n), int(seed), Path(out), block_size, checked, progress))
+        return _simulate_with(comm, _Order(made, int(n), int(seed), Path(out), block_size, checked, progress, limits))
 
 
 def _simulate_here(order: _Order, workers: int) -> Bank:
@@ -139,7 +149,10 @@ def _refuse(order: _Order) -> None:
     if out.is_dir() and not known and any(entry.name not in ("lock", "segments") for entry in out.iterdir()):
         raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
     if order.checked and not known:
-        check(order.simulator, rows=2)
+        if order.limits.isolate:
+            check_apart(order.simulator, 2, order.limits.time_limit)
+        else:
+            check(order.simulator, rows=2)
 
 
 def _prepare(order: _Order) -> tuple[Header, Gaps]:

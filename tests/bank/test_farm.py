@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from farm_simulators import PRIOR, batchwise, dies, rowwise
+from farm_simulators import PRIOR, batchwise, kills_its_worker, rowwise
 
 import sbiplat as sp
 from sbiplat import files
@@ -181,11 +181,11 @@ def test_a_second_process_is_told_to_wait(tmp_path, monkeypatch):
     process.communicate()
 
 
-def test_a_worker_that_dies_is_one_line_and_the_rest_is_kept(tmp_path):
-    simulate(dies, 100, 1, tmp_path / "b", workers=1, progress=silent)
-    code, _, err = run("dies", 500, tmp_path / "b", 2, "import os; os.environ['SBIPLAT_TEST_DIE'] = '1'")
+def test_a_worker_that_is_killed_is_one_line_and_the_rest_is_kept(tmp_path):
+    simulate(kills_its_worker, 100, 1, tmp_path / "b", workers=1, progress=silent)
+    code, _, err = run("kills_its_worker", 500, tmp_path / "b", 2, "import os; os.environ['SBIPLAT_TEST_DIE'] = '1'")
     assert code == 2
-    assert "a worker process died while it ran simulator 'dies'" in errors_in(err)[0]
+    assert "a worker process was killed while it ran simulator 'kills_its_worker'" in errors_in(err)[0]
     assert Bank.open(tmp_path / "b").present == 100
 
 
@@ -302,25 +302,31 @@ def test_tasks_cover_the_gaps_once_and_cut_only_at_blocks(workers, gaps):
 
 def test_a_long_task_is_committed_as_it_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(farm, "COMMIT_SECONDS", 0.0)
-    made = simulate(rowwise, 256, 1, tmp_path / "b", workers=1, progress=silent)
-    assert made.info()["segments"] == 4
+    often = simulate(rowwise, 256, 1, tmp_path / "b", workers=1, progress=silent)
+    assert often.info()["segments"] >= 4
+    monkeypatch.undo()
+    once = simulate(rowwise, 256, 1, tmp_path / "c", workers=1, progress=silent)
+    assert once.info()["segments"] == 1
+    assert once.digest == often.digest
 
 
-def test_a_simulator_that_swallows_everything_still_stops(tmp_path):
+@pytest.mark.parametrize("direct", [True, False], ids=["here", "in a child"])
+def test_a_simulator_that_swallows_everything_still_stops(direct, tmp_path):
     calls = []
 
     def stubborn(theta, rng):
         calls.append(1)
         try:
             if len(calls) == 70:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid() if direct else os.getppid(), signal.SIGINT)
+                time.sleep(0 if direct else 5)
         except BaseException:
             return theta
         return theta
 
     swallowing = sp.simulator(prior=PRIOR, x_shape=(2,), name="stubborn")(stubborn)
-    with pytest.raises(Stopped, match="128 of 1000 rows are kept"):
-        simulate(swallowing, 1000, 1, tmp_path / "b", workers=1, checked=False, progress=silent)
+    with pytest.raises(Stopped, match=f"{128 if direct else 68} of 1000 rows are kept"):
+        simulate(swallowing, 1000, 1, tmp_path / "b", workers=1, checked=False, isolate=not direct, progress=silent)
 
 
 def test_the_callers_signal_handlers_come_back(tmp_path):

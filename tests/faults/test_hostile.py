@@ -1,0 +1,234 @@
+"""Hostile simulators: whatever one does stays in its row, and the bank is the same on any workers and after any stop."""
+
+import ctypes
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sbiplat as sp
+from sbiplat.bank import sandbox
+from sbiplat.bank.bank import Bank
+from sbiplat.bank.layout import STATUS
+from sbiplat.progress import silent
+
+PRIOR = sp.Prior({"a": sp.Uniform(0.0, 1.0), "b": sp.Normal(0.0, 1.0)})
+
+
+def fill(simulator, n, out, **settings):
+    return sp.simulate(simulator, n, 1, out, **{"workers": 1, "checked": False, "progress": silent, **settings})
+
+
+def segfault():
+    ctypes.string_at(0)
+
+
+def hang():
+    while True:
+        time.sleep(60)
+
+
+def spin():
+    while True:
+        pass
+
+
+def in_a_grandchild():
+    subprocess.run(["sleep", "60"], check=True)
+
+
+FATAL = {
+    "segfault": (segfault, "SIGSEGV"), "exit": (lambda: os._exit(3), "exit status 3"), "abort": (os.abort, "SIGABRT"),
+    "kill": (lambda: os.kill(os.getpid(), signal.SIGKILL), "SIGKILL, perhaps for want of memory"),
+    "interrupt": (lambda: (_ for _ in ()).throw(KeyboardInterrupt("no")), "it last printed: KeyboardInterrupt"),
+}
+
+
+@sp.simulator(prior=PRIOR, x_shape=(3,))
+def sound(theta, rng):
+    """What the others do in their good rows."""
+    return theta[0] + rng.standard_normal(3)
+
+
+def broken(fate, where=0.05, batched=False):
+    """A simulator that meets its fate where a < `where`."""
+    def simulator(theta, rng):
+        if np.min(theta[..., 0]) < where:
+            fate()
+        return np.atleast_1d(theta[..., 0])[:, None] + rng.standard_normal((len(theta), 3)) if batched else sound(theta, rng)
+
+    return sp.simulator(prior=PRIOR, x_shape=(3,), name=f"hostile{'s' * batched}", batched=batched)(simulator)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return fill(sound, 200, tmp_path_factory.mktemp("sound") / "b")
+
+
+def assert_only_bad_rows_differ(bank, whole, status, where=0.05):
+    """The bad rows are marked, with theta and without x; all others are those of the sound simulator."""
+    bad = whole.theta[:, 0] < where
+    assert 3 < bad.sum() < 30
+    np.testing.assert_array_equal(bank.theta, whole.theta)
+    np.testing.assert_array_equal(bank.status, np.where(bad, STATUS[status], 0))
+    np.testing.assert_array_equal(bank.x[~bad], whole.x[~bad])
+    assert np.isnan(bank.x[bad]).all()
+    assert not bank.verify()
+
+
+@pytest.mark.parametrize("fate", FATAL)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_row_that_takes_its_process_down_is_marked_and_the_others_kept(fate, workers, whole, tmp_path):
+    does, says = FATAL[fate]
+    bank = fill(broken(does), 200, tmp_path / "b", workers=workers)
+    assert_only_bad_rows_differ(bank, whole, "crashed")
+    assert says in bank.info()["first_failures"][0]["message"]
+
+
+@pytest.mark.parametrize("fate", [hang, spin, in_a_grandchild], ids=["hang", "spin", "a program"])
+def test_a_row_beyond_the_time_limit_is_marked_and_the_others_kept(fate, whole, tmp_path):
+    bank = fill(broken(fate), 200, tmp_path / "b", workers=2, time_limit=0.2)
+    assert_only_bad_rows_differ(bank, whole, "timed-out")
+    assert "took longer than the time limit of 0.2 s" in bank.info()["first_failures"][0]["message"]
+
+
+def test_a_program_that_a_late_row_started_ends_with_it(tmp_path):
+    mark = f"{os.getpid()}.25"
+    bank = fill(broken(lambda: subprocess.run(["sleep", mark], check=True), where=0.01), 200, tmp_path / "b", time_limit=0.2)
+    assert bank.status_counts()["timed-out"] >= 1
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in p.read_bytes()]
+
+
+def test_a_row_killed_once_from_outside_is_made_again(whole, tmp_path):
+    """An operator's kill -9 of the simulator's process leaves no trace in the bank."""
+    once = tmp_path / "once"
+
+    def fate():
+        if not once.exists():
+            once.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert fill(broken(fate), 200, tmp_path / "b").status_counts()["crashed"] == 0
+    np.testing.assert_array_equal(Bank.open(tmp_path / "b").x, whole.x)
+
+
+def test_a_block_of_a_batched_simulator_fails_as_one(tmp_path):
+    bank = fill(broken(lambda: os._exit(1), where=2e-3, batched=True), 20 * 64, tmp_path / "b", block_size=64)
+    low = bank.theta[:, 0].reshape(20, 64).min(1) < 2e-3
+    assert 0 < low.sum() < 20
+    np.testing.assert_array_equal(bank.status.reshape(20, 64), np.where(low, STATUS["crashed"], 0)[:, None].repeat(64, 1))
+
+
+def test_the_worst_of_all_gives_one_bank_on_any_workers_and_ranks(tmp_path):
+    """Crashes, hangs, exceptions, wrong shapes and NaN in one simulator: 1 and 3 workers, and 3 MPI ranks."""
+    words = [sys.executable, "-m", "sbiplat", "simulate", f"{__file__}:the_worst", "--n", "300", "--seed", "1", "--no-check", "--time-limit", "0.3"]
+    mpiexec = Path(sys.prefix) / "bin" / "mpiexec"
+    for line, out in (([*words, "--workers", "1"], "b1"), ([*words, "--workers", "3"], "b3"), ([mpiexec, "-n", "3", *words], "m3")):
+        done = subprocess.run([*line, "--out", out], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    banks = [Bank.open(tmp_path / k) for k in ("b1", "b3", "m3")]
+    assert len({b.digest for b in banks}) == 1
+    assert all(count > 0 for count in banks[0].status_counts().values())
+
+
+@sp.simulator(prior=PRIOR, x_shape=(3,))
+def the_worst(theta, rng):
+    """One fault for every hundredth of a."""
+    a = int(100 * theta[0])
+    print("noise", a)  # noqa: T201
+    if a < 6:
+        (segfault, lambda: os._exit(3), hang, lambda: sys.exit("out"), lambda: 1 / 0, os.abort)[a]()
+    if a < 8:
+        return np.zeros(4 + a) if a == 6 else {"x": theta}
+    return sound(theta, rng) if a > 10 else np.full(3, np.nan)
+
+
+def test_what_it_prints_stays_out_of_the_way(tmp_path, capfd):
+    def loud(theta, rng):
+        print("hello")  # noqa: T201
+        os.write(1, b"raw\n")
+        os.system("echo shell")
+        return theta
+
+    fill(sp.simulator(prior=PRIOR, x_shape=(2,), name="loud")(loud), 100, tmp_path / "b")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_it_prints_is_bounded_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(sandbox, "OUTPUT_BYTES", 10_000)
+
+    def loud(theta, rng):
+        print("x" * 1000)  # noqa: T201
+        return [os.fstat(1).st_blocks * 512 > 200_000, 0.0]
+
+    assert not fill(sp.simulator(prior=PRIOR, x_shape=(2,), name="loud")(loud), 1000, tmp_path / "b").x.any()
+
+
+def test_a_leak_ends_with_its_process(tmp_path):
+    held = []
+
+    def leaks(theta, rng):
+        held.append(1)
+        return np.full(2, os.getpid() if theta[1] > 9 else 0.0)
+
+    simulator = sp.simulator(prior=PRIOR, x_shape=(2,), name="leaks")(leaks)
+    pids = tmp_path / "pids"
+    pids.mkdir()
+
+    def noted(theta, rng):
+        (pids / str(os.getpid())).touch()
+        return leaks(theta, rng)
+
+    simulator = sp.simulator(prior=PRIOR, x_shape=(2,), name="leaks")(noted)
+    fill(simulator, 640, tmp_path / "b", recycle=2)
+    assert len(list(pids.iterdir())) == 5
+    assert not held, "the worker's own memory is untouched"
+
+
+@pytest.mark.parametrize("source", [random.random, np.random.rand, time.time], ids=["random", "np.random", "clock"])
+@pytest.mark.parametrize("isolate", [True, False], ids=["in a child", "here"])
+def test_state_outside_its_stream_is_told(source, isolate, tmp_path):
+    simulator = sp.simulator(prior=PRIOR, x_shape=(2,), name="moody", dtype="float64")(lambda theta, rng: theta + 1e-3 * source())
+    with pytest.raises(sp.UserError, match=r"randomness|a different x for the same theta"):
+        fill(simulator, 200, tmp_path / "b", checked=not isolate, isolate=isolate)
+
+
+def test_a_crash_in_the_contract_check_does_not_take_the_command_down(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "sbiplat", "simulate", f"{__file__}:always_dies", "--n", "4", "--seed", "1", "--out", "b"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "SIGSEGV" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "b").exists()
+
+
+@sp.simulator(prior=PRIOR, x_shape=(2,))
+def always_dies(theta, rng):
+    segfault()
+
+
+def test_a_stop_in_a_long_row_keeps_the_rows_before_it(whole, tmp_path):
+    """An hour's row is dropped at once; what was finished in its block is committed, and the resume gives the same bank."""
+    slow = tmp_path / "slow"
+    slow.touch()
+
+    def fate():
+        if slow.exists():
+            os.kill(os.getppid(), signal.SIGTERM)
+            hang()
+
+    simulator = broken(fate)
+    began = time.monotonic()
+    with pytest.raises(sp.UserError, match="rows are kept"):
+        fill(simulator, 200, tmp_path / "b")
+    assert time.monotonic() - began < 10
+    first = int(np.argmax(whole.theta[:, 0] < 0.05))
+    assert Bank.open(tmp_path / "b").present == first > 0
+    slow.unlink()
+    assert np.array_equal(fill(simulator, 200, tmp_path / "b").x, whole.x)
