@@ -30,7 +30,7 @@ app = typer.Typer(
     help="From a registered simulator to a posterior that has been tested.\n\n"
          "Any command: --debug shows the traceback behind a one-line error.",
 )
-bank_app = typer.Typer(name="bank", help="Look into a bank, verify it, or pack it into one file.")
+bank_app = typer.Typer(name="bank", help="Look into a bank, verify and mend it, or pack it into one file.")
 app.add_typer(bank_app)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
@@ -165,18 +165,31 @@ def bank_info(bank: BankPath, as_json: Json = False) -> None:
 
 
 @bank_app.command("verify", epilog="Example: sbiplat bank verify moons.bank")
-def bank_verify(bank: BankPath, as_json: Json = False) -> None:
+def bank_verify(
+    bank: BankPath,
+    repair: Annotated[bool, typer.Option("--repair", help="Set damaged segments aside and simulate what is missing.")] = False,
+    simulator: Annotated[str | None, typer.Option(help="The bank's simulator, for --repair, where it is not installed.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Local processes for --repair.")] = None,
+    as_json: Json = False,
+) -> None:
     """Read every byte of a bank and hold it against its hashes; exit 2 where something is wrong."""
+    from sbiplat.bank import care
     from sbiplat.bank.bank import Bank
     from sbiplat.errors import BankError
     from sbiplat.progress import Progress
 
-    opened = Bank.open(bank)
-    problems = [str(p) for p in opened.verify(Progress.auto())]
+    if repair:
+        opened, mended = care.repair(bank, simulator, workers=workers)
+        lines = [*(f"mended: {p}" for p in mended), f"{bank}: all {opened.rows} rows are there; digest {opened.digest}"]
+        show(as_json, {"mended": [str(p) for p in mended], "digest": opened.digest}, "\n".join(lines))
+        return
+    found = care.survey(bank, Progress.auto()).problems if bank.is_dir() else Bank.open(bank).verify(Progress.auto())
+    problems = [str(p) for p in found]
     if problems:
         error = BankError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
         error.details = {"problems": problems, "digest": None}
         raise error
+    opened = Bank.open(bank)
     show(as_json, {"problems": [], "digest": opened.digest}, f"{bank}: all {opened.rows} rows match their hashes; digest {opened.digest}")
 
 
@@ -193,6 +206,20 @@ def bank_pack(
     opened = Bank.open(bank)
     path = opened.pack(out or bank.with_suffix(".h5"), Progress.auto())
     show(as_json, {"path": str(path), "digest": opened.digest}, f"{path}: {opened.rows} rows, digest {opened.digest}")
+
+
+@bank_app.command("compact", epilog="Example: sbiplat bank compact moons.bank")
+def bank_compact(bank: BankPath, as_json: Json = False) -> None:
+    """Merge the small segments that many restarts left into ones of about 64 MB; the digest stays."""
+    from sbiplat.bank import care
+    from sbiplat.bank.bank import Bank
+    from sbiplat.progress import Progress
+
+    before = len(Bank.open(bank).segments)
+    made = care.compact(bank, Progress.auto())
+    count = len(made.segments)
+    show(as_json, {"segments_before": before, "segments": count, "digest": made.digest if made.complete else None},
+         f"{bank}: {before} segments became {count}" + (f"; digest {made.digest}" if made.complete else ""))
 
 
 # ------------------------------------------------------------------------------------------------- train and gate
@@ -378,7 +405,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-_COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "train", "gate", "sample", "report", "run")
+_COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "train", "gate", "sample", "report", "run")
 
 
 def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:

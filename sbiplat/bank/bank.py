@@ -22,10 +22,12 @@ from numpy.typing import NDArray
 
 from sbiplat import files
 from sbiplat.bank import index, segment
-from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header, default_rows_per_segment, pieces, row_bytes
+from sbiplat.bank.layout import FORMAT_VERSION, STATUS, Header, pieces, row_bytes
 from sbiplat.bank.segment import Opened, Segment, dataset_names, row_shapes
 from sbiplat.errors import BankError
 from sbiplat.progress import Progress, silent
+
+CHUNK_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,15 @@ class Bank:
             raise BankError(f"bank {self.path} has {self.rows} rows, {rows} are needed; extend it with "
                             f"sbiplat simulate --n {rows}")
         return Bank(self.path, self.header.with_rows(rows), self._opened)
+
+    @property
+    def segments(self) -> list[Opened]:
+        """Its segments, by first row."""
+        return list(self._opened)
+
+    def slab(self, part: Opened, first: int, stop: int) -> dict[str, NDArray[Any]]:
+        """Rows first..stop-1 of one segment, by ordinary file reads: dataset -> array."""
+        return self._slab(part, first, stop, list(row_shapes(self.header)))
 
     @property
     def theta(self) -> NDArray[np.float64]:
@@ -192,6 +203,11 @@ class Bank:
     def verify(self, progress: Progress = silent) -> list[Problem]:
         """Read every byte and hold it against the stored hashes; returns what is wrong, empty where nothing is."""
         problems = [Problem(str(self.path), f"rows {first} to {stop - 1} are missing") for first, stop in self.gaps]
+        return problems + self.verify_segments(progress)
+
+    def verify_segments(self, progress: Progress = silent) -> list[Problem]:
+        """The same for the rows that are there, whether or not others are missing."""
+        problems = []
         with progress.task("verify", len(self._opened)) as advance:
             for part in self._opened:
                 problems += [Problem(str(part.segment.path), what) for what in self._verify_segment(part)]
@@ -202,14 +218,21 @@ class Bank:
         try:
             fresh = part if self.path.is_file() else segment.inspect(part.segment, self.header)
             found = []
-            spans = pieces(part.segment.first, part.segment.stop, self.header.block_size)
-            for (first, stop), stored in zip(spans, fresh.block_sha256, strict=True):
-                if self._digest_of(self._slab(fresh, first, stop, list(row_shapes(self.header)))) != stored.tobytes():
-                    found.append(f"rows {first} to {stop - 1} do not match their SHA-256: damaged since they were written; "
-                                 "delete the file and run the same simulate command again")
+            stored = iter(fresh.block_sha256)
+            for first, stop in self._chunks(part.segment.first, part.segment.stop):
+                data = self.slab(fresh, first, stop)
+                for a, b in pieces(first, stop, self.header.block_size):
+                    if self._digest_of(_rows_of(data, a - first, b - first)) != next(stored).tobytes():
+                        found.append(f"rows {a} to {b - 1} do not match their SHA-256: damaged since they were written; "
+                                     f"{segment.mend(part.segment.path)}")
             return found
         except BankError as error:
             return [str(error)]
+
+    def _chunks(self, first: int, stop: int) -> list[tuple[int, int]]:
+        """Row ranges that cut first..stop at block boundaries into about CHUNK_BYTES each."""
+        blocks = max(1, CHUNK_BYTES // (row_bytes(self.header) * self.header.block_size))
+        return pieces(first, stop, blocks * self.header.block_size)
 
     # ------------------------------------------------------------------------------------------------------ facts
 
@@ -243,23 +266,25 @@ class Bank:
         return out
 
     def _pack_into(self, path: Path, progress: Progress) -> None:
-        rows_at_once = default_rows_per_segment(self.header)
         with h5py.File(path, "w") as file, progress.task("pack", self.rows) as advance:
             for name, (shape, dtype) in row_shapes(self.header).items():
                 file.create_dataset(name, (self.rows, *shape), dtype)
             hashes = []
-            for first in range(0, self.rows, rows_at_once):
-                stop = min(first + rows_at_once, self.rows)
-                for name, values in self.read(first, stop).items():
+            for first, stop in self._chunks(0, self.rows):
+                data = self.read(first, stop)
+                for name, values in data.items():
                     file[name][first:stop] = values
-                hashes += [self._block_digest(a, min(a + self.header.block_size, stop))
-                           for a in range(first, stop, self.header.block_size)]
+                hashes += [self._digest_of(_rows_of(data, a - first, b - first)) for a, b in pieces(first, stop, self.header.block_size)]
                 advance(stop - first)
             file["block_sha256"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
             segment.label(file, "sbiplat bank 1", self.header, 0)
             file.attrs.update({"digest": np.bytes_(self.digest), "parameters": list(self.header.prior.names),
                                "units": list(self.header.prior.units)})
             file["header"] = np.bytes_(json.dumps(self.header.to_json()))
+
+
+def _rows_of(data: dict[str, NDArray[Any]], first: int, stop: int) -> dict[str, NDArray[Any]]:
+    return {name: values[first:stop] for name, values in data.items()}
 
 
 def _make_room(path: Path, size: int) -> None:

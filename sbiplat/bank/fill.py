@@ -21,6 +21,7 @@ from sbiplat.bank.bank import Bank, read_header
 from sbiplat.bank.farm import one_fate, together
 from sbiplat.bank.layout import STATUS, Header
 from sbiplat.bank.sandbox import Limits, check_apart
+from sbiplat.bank.segment import Opened
 from sbiplat.errors import BankError, SettingError
 from sbiplat.progress import Progress, silent
 from sbiplat.settings import build
@@ -179,10 +180,14 @@ def _prepare(order: _Order) -> tuple[Header, Gaps]:
 
 
 def _finish(order: _Order, header: Header) -> Bank:
-    out = order.out
+    return Bank(order.out, header, write_index(order.out, header)).require_complete()
+
+
+def write_index(out: Path, header: Header) -> list[Opened]:
+    """Write the index over the segments that are there; under the bank's lock."""
     opened = index.open_segments(out / "segments", header, index.read(out / "bank.h5", header))
     index.write(out / "bank.h5", header, opened)
-    return Bank(out, header, opened).require_complete()
+    return opened
 
 
 def _stopped(out: Path) -> Stopped:

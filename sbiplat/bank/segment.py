@@ -180,13 +180,20 @@ def inspect(segment: Segment, header: Header) -> Opened:
             if not is_of(file, header):
                 raise BankError(f"{path} belongs to another bank (simulator, prior or seed differ); move it away")
             if _attribute(file, "first_row", np.dtype("<i8")) != segment.first:
-                raise BankError(f"{path} holds other rows than its name says; it was renamed")
+                raise BankError(f"{path} holds other rows than its name says: it was renamed; move it away")
             offsets = {name: _contiguous(file, name, (len(segment), *shape), dtype, size, path)
                        for name, (shape, dtype) in row_shapes(header).items()}
             _contiguous(file, "block_sha256", (blocks_of(segment, header), 32), np.dtype("u1"), size, path)
             return Opened(segment, offsets, file["block_sha256"][()])
     except DAMAGE as error:
-        raise BankError(f"{path} is damaged: {_first_line(error)}; delete it and run the same simulate command again") from None
+        raise BankError(f"{path} is damaged: {_first_line(error)}; {mend(path)}") from None
+
+
+def mend(path: Path) -> str:
+    """What helps where a segment, or a packed bank, is damaged."""
+    if path.parent.name == "segments":
+        return f"`sbiplat bank verify {path.parent.parent} --repair` simulates its rows again"
+    return "pack the bank again"
 
 
 def label(file: h5py.File, format: str, header: Header, first: int) -> None:
@@ -232,6 +239,11 @@ def facts(segment: Segment) -> tuple[NDArray[np.float32], dict[int, str]]:
         return np.zeros(0, np.float32), {}
 
 
+def no_seconds(count: int) -> NDArray[np.float32]:
+    """What stands for times that cannot be read."""
+    return np.zeros(count, np.float32)
+
+
 def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dtype[Any], size: int, path: Path) -> int:
     """The offset of a dataset that lies whole in this very file with this shape and dtype."""
     parent: Any = file
@@ -246,7 +258,7 @@ def _contiguous(file: h5py.File, name: str, shape: tuple[int, ...], dtype: np.dt
     if parent.chunks is not None or parent.external or parent.is_virtual or offset is None:
         raise BankError(f"{path} is damaged: {name} is not stored in one piece")
     if offset + dtype.itemsize * int(np.prod(shape, dtype=object)) > size:
-        raise BankError(f"{path} is cut short: {name} ends beyond the end of the file; delete it and simulate again")
+        raise BankError(f"{path} is cut short: {name} ends beyond the end of the file; {mend(path)}")
     return int(offset)
 
 

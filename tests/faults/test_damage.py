@@ -1,5 +1,6 @@
 """Damage: whatever happens to a bank's files, the answer is a BankError in one line, and never wrong rows or run code."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sbiplat as sp
+from sbiplat.bank import care, segment
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.fill import simulate
 from sbiplat.errors import BankError
@@ -284,6 +286,120 @@ def test_a_flipped_byte_in_a_packed_bank_is_found(packed):
 def test_a_damaged_segment_is_mended_as_the_message_says(bank, sound):
     path = first_segment(bank)
     path.write_bytes(path.read_bytes()[:700])
-    assert "delete it and run the same simulate command again" in told(bank)
-    path.unlink()
-    assert simulate(model, 1024, 1, bank, workers=1, progress=silent).digest == sound.digest
+    assert f"`sbiplat bank verify {bank} --repair`" in told(bank)
+    mended, problems = care.repair(bank, model, workers=1, progress=silent)
+    assert mended.digest == sound.digest
+    assert str(problems[0]).startswith(str(path))
+
+
+# ------------------------------------------------------------------------------------------------------------ repair
+
+
+def flip(path, share=0.5):
+    data = bytearray(path.read_bytes())
+    data[int(share * len(data))] ^= 0x10
+    path.write_bytes(data)
+
+
+WOUNDS = {
+    "flipped": flip, "cut": lambda p: p.write_bytes(p.read_bytes()[:-9000]), "emptied": lambda p: p.write_bytes(b""),
+    "gone": Path.unlink, "renamed": lambda p: p.rename(p.with_name(p.name.replace("000512", "000384"))),
+    "a link to nowhere": lambda p: (p.unlink(), p.symlink_to("/nowhere")), "a folder": lambda p: (p.unlink(), p.mkdir()),
+}
+
+
+@pytest.mark.parametrize("wound", WOUNDS)
+@pytest.mark.parametrize("indexed", [True, False])
+def test_repair_gives_the_same_bank(wound, indexed, sound, tmp_path):
+    shutil.copytree(sound.path, tmp_path / "b")
+    if not indexed:
+        (tmp_path / "b" / "bank.h5").unlink()
+    WOUNDS[wound](first_segment(tmp_path / "b"))
+    assert care.survey(tmp_path / "b").problems
+    mended, problems = care.repair(tmp_path / "b", model, workers=1, progress=silent)
+    assert problems
+    assert mended.digest == sound.digest
+    assert not care.survey(tmp_path / "b").problems
+
+
+def test_survey_finds_every_problem_at_once(sound, tmp_path):
+    shutil.copytree(sound.path, tmp_path / "b")
+    for k, path in enumerate(sorted((tmp_path / "b" / "segments").glob("0*.h5"))):
+        (flip, lambda p: p.write_bytes(b"text"))[k](path)
+    found = care.survey(tmp_path / "b")
+    assert len(found.bad) == 2
+    assert {str(p).rpartition(": ")[2] for p in found.problems} >= {"rows 0 to 1023 are missing"}
+
+
+def test_segments_that_contradict_each_other_are_told_and_mended(sound, tmp_path):
+    """Two files hold the same rows, each with hashes that fit: one is not what the simulator makes."""
+    shutil.copytree(sound.path, tmp_path / "b")
+    folder = tmp_path / "b" / "segments"
+    data = sound.read(0, 128)
+    data["theta"][3, 0] += 1e-9
+    rows = segment.Rows(0, data["theta"], {"x": data["x"]}, data["status"], np.zeros(128, np.float32))
+    segment.commit(folder, sound.header, rows)
+    assert "rows 0 to 127 differ from those in" in str(care.survey(tmp_path / "b").problems[0])
+    assert care.repair(tmp_path / "b", model, workers=1, progress=silent)[0].digest == sound.digest
+
+
+def test_repair_tells_when_the_simulator_makes_other_rows_now(sound, tmp_path):
+    shutil.copytree(sound.path, tmp_path / "b")
+    first_segment(tmp_path / "b").unlink()
+    moved = dataclasses.replace(model, function=lambda theta, rng: model.function(theta, rng) + 1e-3)
+    object.__setattr__(moved, "source_digest", model.source_digest)
+    with pytest.raises(BankError, match="came out otherwise"):
+        care.repair(tmp_path / "b", moved, workers=1, progress=silent)
+
+
+def test_repair_never_runs_code_that_the_bank_names(sound, tmp_path):
+    shutil.copytree(sound.path, tmp_path / "b")
+    (tmp_path / "trap.py").write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')")
+    header = json.loads((tmp_path / "b" / "bank.json").read_text())
+    header["simulator"].update(name=f"{tmp_path / 'trap.py'}:x", spec=f"{tmp_path / 'trap.py'}:x")
+    (tmp_path / "b" / "bank.json").write_text(json.dumps(header))
+    with pytest.raises(sp.UserError, match="--simulator"):
+        care.repair(tmp_path / "b", progress=silent)
+    assert not (tmp_path / "sprung").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- compact
+
+
+@pytest.mark.parametrize("simulator", ["batched", "scalar"])
+def test_compact_merges_and_keeps_the_bank(simulator, tmp_path, monkeypatch):
+    def rowwise(theta, rng):
+        if theta[0] < 0.1:
+            raise ValueError("low")
+        return theta[0] + rng.standard_normal(8)
+
+    made = model if simulator == "batched" else sp.simulator(prior=model.prior, x_shape=(8,), name="rowwise")(rowwise)
+    for n in (100, 130, 333, 700, 1000):
+        bank = simulate(made, n, 1, tmp_path / "b", workers=1, block_size=64, progress=silent)
+    before = bank.info()
+    monkeypatch.setattr(care, "default_rows_per_segment", lambda header: 512)
+    after = care.compact(tmp_path / "b").info()
+    assert before["segments"] > 3
+    assert after["segments"] <= 3
+    assert {k: after[k] for k in ("digest", "status", "first_failures")} == {k: before[k] for k in ("digest", "status", "first_failures")}
+    assert after["simulation_seconds"] == pytest.approx(before["simulation_seconds"])
+    assert not care.survey(tmp_path / "b").problems
+
+
+def test_a_compact_that_is_killed_loses_nothing(tmp_path, monkeypatch):
+    for n in (128, 256, 384, 512):
+        bank = simulate(model, n, 1, tmp_path / "b", workers=1, block_size=128, progress=silent)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            care.compact(tmp_path / "b")
+    assert Bank.open(tmp_path / "b").digest == bank.digest
+    assert care.compact(tmp_path / "b").digest == bank.digest
+    assert len(Bank.open(tmp_path / "b").segments) == 1
+
+
+def test_compact_does_not_launder_damage(sound, tmp_path):
+    shutil.copytree(sound.path, tmp_path / "b")
+    flip(first_segment(tmp_path / "b"), 0.6)
+    with pytest.raises(BankError, match="SHA-256"):
+        care.compact(tmp_path / "b")
