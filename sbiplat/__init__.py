@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sbiplat.bank.bank import Bank
     from sbiplat.bank.fill import simulate
+    from sbiplat.command import command_simulator
     from sbiplat.errors import Uncertified, UserError
     from sbiplat.gate.certificate import Certificate, gate, load
     from sbiplat.observation import read_observation
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "sbiplat.bank.bank": ("Bank",),
     "sbiplat.bank.fill": ("simulate",),
+    "sbiplat.command": ("command_simulator",),
     "sbiplat.errors": ("Uncertified", "UserError"),
     "sbiplat.gate.certificate": ("Certificate", "gate", "load"),
     "sbiplat.observation": ("read_observation",),
@@ -47,9 +49,9 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior", "Prior",
-    "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "gate", "load", "read_observation", "report",
-    "simulate", "simulator", "train",
+    "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
+    "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "gate", "load",
+    "read_observation", "report", "simulate", "simulator", "train",
 ]
 
 

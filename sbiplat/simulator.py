@@ -58,6 +58,8 @@ class Simulator:
     log_likelihood: Callable[..., NDArray[np.float64]] | None = None
     posterior_log_prob: Callable[..., NDArray[np.float64]] | None = None
     posterior_sampler: Callable[..., NDArray[np.float64]] | None = None
+    time_limit: float | None = None
+    about: str = ""
     spec: str = field(default="", compare=False)  # how another process finds it again
 
     def __call__(self, theta: NDArray[np.float64], rng: np.random.Generator) -> Any:
@@ -65,8 +67,8 @@ class Simulator:
 
     @property
     def summary(self) -> str:
-        """The first line of the function's docstring."""
-        return (inspect.getdoc(self.function) or "").split("\n", 1)[0]
+        """What was said of it, or the first line of the function's docstring."""
+        return self.about or (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
     def rows(self, theta: NDArray[np.float64], rngs: Sequence[np.random.Generator]) -> list[Any]:
         """x for each theta (n, D): n calls with their own streams, or one batched call with the first stream."""
@@ -99,6 +101,8 @@ def simulator(
     x_axis: tuple[str, Sequence[float]] | None = None,
     x_unit: str = "",
     citation: str = "",
+    summary: str = "",
+    time_limit: float | None = None,
     log_likelihood: Callable[..., Any] | None = None,
     posterior_log_prob: Callable[..., Any] | None = None,
     posterior_sampler: Callable[..., Any] | None = None,
@@ -107,7 +111,11 @@ def simulator(
 
     dtype: of stored x, "float32" or "float64". x_transform: "log" or "asinh" where x spans decades (nets read the
     transformed x). x_labels: names along the last axis. x_axis: (name, values) along the first. x_unit: of x.
+    summary: a line on it, by default the docstring's first. time_limit: seconds a call may take (a row, or a block where it is
+    batched); a row that takes longer is marked timed-out.
     """
+    if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
+        raise SimulatorError(f"time_limit must be a number of seconds, got {time_limit!r}")
     if not isinstance(prior, Prior):
         prior = Prior(prior)
     x = ObservationSpec.declare(x_shape, dtype, x_transform, x_labels, x_axis, x_unit)
@@ -124,7 +132,7 @@ def simulator(
         except ValueError:
             pass  # a compiled callable without a signature
         made = Simulator(function, own_name, prior, x, batched, citation, log_likelihood, posterior_log_prob, posterior_sampler,
-                         address(function))
+                         time_limit, summary, address(function))
         _register(made)
         return made
 

@@ -48,6 +48,8 @@ def _described(value: Any, seen: dict[int, Any]) -> str:
         return _described(tuple(value.items()), seen)
     if isinstance(value, set | frozenset):
         return f"set {sorted(_described(v, seen) for v in value)}"
+    if hasattr(value, "source_parts") and not inspect.isclass(value):  # it says itself what decides
+        return _described(value.source_parts(), seen)
     if isinstance(value, functools.partial):
         return f"partial {_described((value.func, value.args, value.keywords), seen)}"
     if inspect.ismethod(value):

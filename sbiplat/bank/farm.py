@@ -22,6 +22,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -115,6 +116,7 @@ def _end_runner() -> None:
 def _start_worker(job: Job) -> None:
     global _job
     _job = job
+    Finalize(None, _end_runner, exitpriority=10)  # a worker's own end: its simulator's process and working folders
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if "torch" in sys.modules:  # forked from a process that has torch: its thread pool did not come along
         sys.modules["torch"].set_num_threads(1)

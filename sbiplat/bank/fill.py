@@ -50,7 +50,8 @@ class _Order:
         return files.locked(self.out, BankError(f"another process is filling {self.out}; wait for it, or stop it first"))
 
     def job(self, header: Header) -> farm.Job:
-        return farm.Job(self.simulator, header, self.out / "segments", self.limits)
+        limits = replace(self.limits, time_limit=self.limits.time_limit or self.simulator.time_limit)
+        return farm.Job(self.simulator, header, self.out / "segments", limits)
 
 
 Gaps = list[tuple[int, int]]
@@ -151,7 +152,7 @@ def _refuse(order: _Order) -> None:
         raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
     if order.checked and not known:
         if order.limits.isolate:
-            check_apart(order.simulator, 2, order.limits.time_limit)
+            check_apart(order.simulator, 2, order.limits.time_limit or order.simulator.time_limit)
         else:
             check(order.simulator, rows=2)
 

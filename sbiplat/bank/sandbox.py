@@ -15,6 +15,7 @@ import ctypes
 import math
 import mmap
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -163,6 +165,7 @@ class Sandbox:
         self._simulator, self._header, self._limits, self._signals = simulator, header, limits, signals
         self._memory = _SharedRows(header, default_rows_per_segment(header))
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the sandbox
+        self._scratch = tempfile.TemporaryDirectory(prefix="sbiplat-", ignore_cleanup_errors=True)
         self._child: Child | None = None
         self._deaths: Counter[int] = Counter()
 
@@ -197,6 +200,7 @@ class Sandbox:
 
     def close(self) -> None:
         self._kill()
+        self._scratch.cleanup()
 
     # ---------------------------------------------------------------------------------------------- what happened
 
@@ -266,6 +270,8 @@ class Sandbox:
     def _fork(self) -> None:
         self._output.seek(0)
         self._output.truncate()
+        for left in Path(self._scratch.name).iterdir():  # working folders of rows that were killed
+            shutil.rmtree(left, ignore_errors=True)
         self._child = fork(lambda pipe: _serve(self, pipe), self._output.fileno())
 
     def _wait(self) -> int:
@@ -436,6 +442,7 @@ def _take_note(number: int, frame: Any) -> None:
 
 
 def _serve(box: Sandbox, pipe: Connection) -> None:
+    os.environ["SBIPLAT_SCRATCH"] = box._scratch.name
     simulator, header, memory, recycle = box._simulator, box._header, box._memory, box._limits.recycle
     blocks = 0
 
