@@ -157,9 +157,14 @@ def _counts(status: dict[str, int]) -> str:
 def bank_info(bank: BankPath, as_json: Json = False) -> None:
     """What a bank holds: rows, status, digest, size, first failures."""
     from sbiplat.bank.bank import Bank
+    from sbiplat.bank.sight import look, where_failed
 
-    info = Bank.open(bank).info()
-    lines = [f"{k:20} {_counts(v) if k == 'status' else v}" for k, v in info.items() if k != "first_failures"]
+    opened = Bank.open(bank)
+    where = where_failed(look(opened), opened.header.prior.names)
+    info = {**opened.info(), "failures_where": where}
+    lines = [f"{k:20} {_counts(v) if k == 'status' else v}" for k, v in info.items() if k not in ("first_failures", "failures_where")]
+    lines += [f"{f['status']}: {f['rows']} rows, most of them with {f['parameter']} from {f['range'][0]:.4g} to {f['range'][1]:.4g} (good "
+              f"rows: {f['range_ok'][0]:.4g} to {f['range_ok'][1]:.4g}; apart by {f['apart']:.2f})" for f in where]
     lines += [f"row {f['row']} failed: {f['message']}" for f in info["first_failures"]]
     show(as_json, info, "\n".join(lines))
 
@@ -206,6 +211,19 @@ def bank_pack(
     opened = Bank.open(bank)
     path = opened.pack(out or bank.with_suffix(".h5"), Progress.auto())
     show(as_json, {"path": str(path), "digest": opened.digest}, f"{path}: {opened.rows} rows, digest {opened.digest}")
+
+
+@bank_app.command("plot", epilog="Example: sbiplat bank plot moons.bank --out moons.png")
+def bank_plot(
+    bank: BankPath,
+    out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")],
+    as_json: Json = False,
+) -> None:
+    """Draw how often rows failed, and how long they took, over each parameter."""
+    from sbiplat.bank.bank import Bank
+    from sbiplat.report.bank_figure import draw
+
+    show(as_json, {"path": str(draw(Bank.open(bank), out))}, str(out))
 
 
 @bank_app.command("compact", epilog="Example: sbiplat bank compact moons.bank")
@@ -405,7 +423,7 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-_COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "train", "gate", "sample", "report", "run")
+_COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "plot", "train", "gate", "sample", "report", "run")
 
 
 def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:

@@ -157,7 +157,7 @@ def test_debug_shows_the_traceback(place):
     assert "Traceback" in result.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["bank"], ["simulators"], ["simulate"], ["bank", "info"], ["bank", "verify"], ["bank", "pack"], ["bank", "compact"], ["train"],
+@pytest.mark.parametrize("command", [[], ["bank"], ["simulators"], ["simulate"], ["bank", "info"], ["bank", "verify"], ["bank", "pack"], ["bank", "compact"], ["bank", "plot"], ["train"],
                                      ["gate"], ["sample"], ["report"], ["run"]])
 def test_every_command_has_help_with_an_example(command):
     result = sbiplat(*command, "--help")

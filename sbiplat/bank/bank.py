@@ -102,9 +102,9 @@ class Bank:
         """Its segments, by first row."""
         return list(self._opened)
 
-    def slab(self, part: Opened, first: int, stop: int) -> dict[str, NDArray[Any]]:
-        """Rows first..stop-1 of one segment, by ordinary file reads: dataset -> array."""
-        return self._slab(part, first, stop, list(row_shapes(self.header)))
+    def slab(self, part: Opened, first: int, stop: int, names: list[str] | None = None) -> dict[str, NDArray[Any]]:
+        """Rows first..stop-1 of one segment, by ordinary file reads: dataset (by default each) -> array."""
+        return self._slab(part, first, stop, names or list(row_shapes(self.header)))
 
     @property
     def theta(self) -> NDArray[np.float64]:
@@ -238,19 +238,18 @@ class Bank:
 
     def info(self) -> dict[str, Any]:
         """What `sbiplat bank info` shows; plain JSON."""
-        seconds, messages = [], {}
+        seconds, messages = 0.0, {}
         for part in self._opened:
             time, text = segment.facts(part.segment)
-            seconds.append(time)
-            messages.update(text)
-        spent = np.concatenate([np.zeros(0, np.float32), *seconds])
+            seconds += float(time.sum(dtype=float))
+            messages.update(dict(sorted(text.items())[:5]))
         return {
             "path": str(self.path), "format_version": FORMAT_VERSION, "simulator": self.header.simulator["name"],
             "rows": self.rows, "present": self.present, "complete": self.complete,
             "digest": self.digest if self.complete else None, "status": self.status_counts(),
             "seed": self.header.seed, "block_size": self.header.block_size, "segments": len(self._opened),
             "bytes": sum(p.segment.path.stat().st_size for p in self._opened),
-            "simulation_seconds": float(spent.sum()), "parameters": list(self.header.prior.names),
+            "simulation_seconds": seconds, "parameters": list(self.header.prior.names),
             "x": self.header.x.to_json()["shapes"], "dtype": self.header.x.dtype, "created": self.header.created,
             "versions": self.header.versions,
             "first_failures": [{"row": row, "message": text} for row, text in sorted(messages.items())[:5]],

@@ -6,6 +6,7 @@ One process prepares (under the bank's lock) and finishes; the farm runs what is
 from __future__ import annotations
 
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -101,9 +102,10 @@ def _simulate_here(order: _Order, workers: int) -> Bank:
     with order.locked():
         header, gaps = _prepare(order)
         blocks = -(-sum(stop - first for first, stop in gaps) // header.block_size)
-        with farm.signals.installed(), _shown(order, gaps) as on_receipts:
+        workers = max(1, min(workers, blocks))
+        with farm.signals.installed(), _shown(order, gaps, workers) as on_receipts:
             try:
-                farm.run_local(order.job(header), gaps, max(1, min(workers, blocks)), on_receipts)
+                farm.run_local(order.job(header), gaps, workers, on_receipts)
             except Interrupted:
                 raise _stopped(order.out) from None
         return _finish(order, header)
@@ -122,7 +124,7 @@ def _simulate_with(comm: Any, order: _Order) -> Bank:
         description, gaps = comm.bcast(together(comm, lambda: prepare() if root else None))
         header = Header.from_json(description, order.header_path)
         together(comm, lambda: _same_code(comm, order, header))
-        with farm.signals.installed(), _shown(order if root else replace(order, progress=silent), gaps) as on_receipts:
+        with farm.signals.installed(), _shown(order if root else replace(order, progress=silent), gaps, comm.Get_size() - 1) as on_receipts:
             farm.run_mpi(order.job(header), gaps, comm, on_receipts)
             stopped = any(comm.allgather(farm.signals.requested))
 
@@ -197,13 +199,20 @@ def _stopped(out: Path) -> Stopped:
 
 
 @contextmanager
-def _shown(order: _Order, gaps: Gaps) -> Iterator[Any]:
-    """Progress over the rows of the gaps; yields what takes the receipts."""
+def _shown(order: _Order, gaps: Gaps, workers: int) -> Iterator[Any]:
+    """Progress over the rows of the gaps, with failures and efficiency; yields what takes the receipts.
+
+    Efficiency is the share of the workers' time that the simulator itself ran.
+    """
     failures: Counter[str] = Counter()
+    seconds, start = 0.0, time.monotonic()
     total = sum(stop - first for first, stop in gaps)
     with order.progress.task(f"simulate {order.simulator.name}", total) as advance:
         def on_receipts(receipts: list[farm.Receipt]) -> None:
+            nonlocal seconds
             for receipt in receipts:
+                seconds += receipt.seconds
                 failures.update({n: receipt.status[code] for n, code in STATUS.items() if code and receipt.status[code]})
-                advance(receipt.stop - receipt.first, ", ".join(f"{k} {v}" for k, v in failures.items()))
+                busy = f"efficiency {min(1.0, seconds / (workers * max(time.monotonic() - start, 1e-9))):.0%}"
+                advance(receipt.stop - receipt.first, ", ".join([busy, *(f"{v} {k}" for k, v in failures.items())]))
         yield on_receipts

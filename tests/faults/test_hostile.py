@@ -16,7 +16,9 @@ import sbiplat as sp
 from sbiplat.bank import sandbox
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import STATUS
+from sbiplat.bank.sight import look, where_failed
 from sbiplat.progress import silent
+from sbiplat.report.bank_figure import draw
 
 PRIOR = sp.Prior({"a": sp.Uniform(0.0, 1.0), "b": sp.Normal(0.0, 1.0)})
 
@@ -232,3 +234,33 @@ def test_a_stop_in_a_long_row_keeps_the_rows_before_it(whole, tmp_path):
     assert Bank.open(tmp_path / "b").present == first > 0
     slow.unlink()
     assert np.array_equal(fill(simulator, 200, tmp_path / "b").x, whole.x)
+
+
+# ------------------------------------------------------------------------------------------------------------- sight
+
+
+def test_info_says_where_in_theta_rows_fail(tmp_path):
+    def fails(theta, rng):
+        if theta[1] > 1:
+            raise ValueError("steep")
+        if rng.random() < 0.1:
+            return np.full(3, np.nan)
+        return sound(theta, rng)
+
+    bank = fill(sp.simulator(prior=PRIOR, x_shape=(3,), name="fails")(fails), 1000, tmp_path / "b")
+    where = {f["status"]: f for f in where_failed(look(bank), bank.header.prior.names)}
+    assert where["raised"]["parameter"] == "b"
+    assert where["raised"]["apart"] > 0.9
+    assert where["raised"]["range"][0] >= 1
+    assert where["non-finite"]["apart"] < 0.3, "nothing decides it"
+    done = subprocess.run([sys.executable, "-m", "sbiplat", "bank", "info", tmp_path / "b"], capture_output=True, text=True, timeout=60)
+    assert f"raised: {(bank.status == 2).sum()} rows, most of them with b from 1." in done.stdout
+    picture = draw(bank, tmp_path / "p.png")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(sp.UserError, match=r"\.png, \.svg, \.pdf"):
+        draw(bank, tmp_path / "p.txt")
+
+
+def test_a_look_at_a_large_bank_is_bounded(whole, monkeypatch):
+    monkeypatch.setattr("sbiplat.bank.sight.MOST_ROWS", 50)
+    assert len(look(whole).status) == 50
