@@ -37,6 +37,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for m
 Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
 MaybeSeed = Annotated[int | None, typer.Option(help="Seed of all randomness of this command; by default 0.")]
 Embedding = Annotated[str | None, typer.Option(help="file.py:Class of your own embedding, where the run was trained with one.")]
+Signals = Annotated[str | None, typer.Option("--simulator", help="The simulator of a bank of signals, where it is not installed.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting as key=value; may be given again.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings.")]
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank: its directory, or a packed .h5 file.")]
@@ -67,7 +68,7 @@ def _settings(config: Path | None, table: str, assignments: list[str] | None, **
     if not isinstance(values, dict):
         raise SettingError(f"{config}: [{table}] must be a table of settings, got {table} = {values!r}")
     values = {**values, **parse_assignments(assignments or [])}
-    for name in ("run", "bank", "out", "progress"):
+    for name in ("run", "bank", "out", "simulator", "progress"):
         if name in values:
             raise SettingError(f"{name} is no setting; the command itself takes it (see sbiplat {table} --help)")
     return {**values, **{k: v for k, v in options.items() if v is not None}}
@@ -95,6 +96,7 @@ def simulators(
         "name": simulator.name, "summary": simulator.summary, "citation": simulator.citation, "batched": simulator.batched,
         "source": simulator.spec, "source_digest": simulator.source_digest(),
         "prior": simulator.prior.to_json(), "x": simulator.x.to_json(),
+        "signal": simulator.signal.to_json() if simulator.observe else None,
         "tractable": [k for k in ("log_likelihood", "posterior_log_prob", "posterior_sampler") if getattr(simulator, k)],
         "check": {"rows": result.rows, "finite": result.finite, "raised": result.raised, "first_error": result.first_error},
     }
@@ -113,6 +115,8 @@ def _card_text(card: dict[str, Any]) -> str:
     x = card["x"]
     shapes = tuple(x["shapes"]["x"]) if x["plain"] else {k: tuple(v) for k, v in x["shapes"].items()}
     lines.append(f"x  {shapes} {x['dtype']}" + (f", transform {x['transform']}" if set(x["transform"].values()) != {"none"} else ""))
+    if card["signal"]:
+        lines.append(f"signal  {card['signal']['shapes']}: banks hold it, and observe makes x of it in every epoch")
     lines.append(f"tractable  {', '.join(card['tractable']) or 'nothing declared'}")
     result = card["check"]
     lines.append(f"check passed on {result['rows']} rows: {result['finite']:.1%} finite, {result['raised']:.1%} raised"
@@ -251,12 +255,13 @@ def train(
     config: Config = None,
     assignments: Set = None,
     seed: MaybeSeed = None,
+    simulator: Signals = None,
     as_json: Json = False,
 ) -> None:
     """Train an estimator on a bank; resumes."""
     from sbiplat.training.trainer import train as train_run
 
-    run = train_run(bank, out=out, **_settings(config, "train", assignments, estimator=estimator, seed=seed))
+    run = train_run(bank, out=out, simulator=simulator, **_settings(config, "train", assignments, estimator=estimator, seed=seed))
     outcome = run.record["outcome"]
     show(as_json, {"run": str(out), "weights_digest": run.weights_digest, "bank_digest": run.bank_digest, **outcome},
          f"{out}: validation loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
@@ -272,6 +277,7 @@ def gate(
     config: Config = None,
     assignments: Set = None,
     embedding: Embedding = None,
+    simulator: Signals = None,
     as_json: Json = False,
 ) -> None:
     """Test a run on held-out pairs and write its certificate; exit 0 certified, 3 refused."""
@@ -280,7 +286,7 @@ def gate(
 
     if embedding:
         register(embedding)
-    certificate = gate_run(run, bank=bank, **_settings(config, "gate", assignments, n=n, seed=seed))
+    certificate = gate_run(run, bank=bank, simulator=simulator, **_settings(config, "gate", assignments, n=n, seed=seed))
     show(as_json, dict(certificate.content), "\n".join(_verdict_lines(certificate)))
     if not certificate.passed:
         raise typer.Exit(REFUSED)

@@ -121,7 +121,8 @@ class Run:
         code = source_digest(getattr(self.architecture.settings, "embedding", "mlp"))
         training = {k: v for k, v in self.record["training"].items() if k not in PRACTICAL}
         parts = {k: self.record[k] for k in ("architecture", "prior", "seed", "split")}
-        return files.digest_of({**parts, "training": training, "embedding_code": code})
+        observe = self.record.get("observe_source")
+        return files.digest_of({**parts, "training": training, "embedding_code": code, "observe_code": observe})
 
     @property
     def bank_digest(self) -> str:

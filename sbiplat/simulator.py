@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 
 from sbiplat.errors import ObservationError, SimulatorError
 from sbiplat.observation import Fields, ObservationSpec
+from sbiplat.observe import Observe, check_observe
 from sbiplat.prior import Prior
 from sbiplat.source import source_digest
 
@@ -47,6 +48,9 @@ class Simulator:
 
     The tractable parts are optional: `log_likelihood(theta (N, D), x) -> (N,)`, the exact posterior's
     `posterior_log_prob(theta (N, D), x) -> (N,)` and `posterior_sampler(x, n, rng) -> (n, D)`.
+
+    Where it has `observe`, the function gives the signal, which is what banks hold, of the form `signal`; x is what observe
+    makes of it (see observe.py). Without, both are the same.
     """
 
     function: Callable[..., Any]
@@ -60,10 +64,16 @@ class Simulator:
     posterior_sampler: Callable[..., NDArray[np.float64]] | None = None
     time_limit: float | None = None
     about: str = ""
+    observe: Observe | None = None
     spec: str = field(default="", compare=False)  # how another process finds it again
 
     def __call__(self, theta: NDArray[np.float64], rng: np.random.Generator) -> Any:
         return self.function(theta, rng)
+
+    @property
+    def signal(self) -> ObservationSpec:
+        """The form of what the function returns and a bank holds."""
+        return self.observe.signal if self.observe else self.x
 
     @property
     def summary(self) -> str:
@@ -71,16 +81,20 @@ class Simulator:
         return self.about or (inspect.getdoc(self.function) or "").split("\n", 1)[0]
 
     def rows(self, theta: NDArray[np.float64], rngs: Sequence[np.random.Generator]) -> list[Any]:
-        """x for each theta (n, D): n calls with their own streams, or one batched call with the first stream."""
+        """x for each theta (n, D), observed: n calls with their own streams, or one batched call with the first stream."""
         if self.batched:
             fields = self.conform(self(theta, rngs[0]), (len(theta),))
-            return [{k: v[i] for k, v in fields.items()} for i in range(len(theta))]
-        return [_copied(self.conform(self(t, rng))) for t, rng in zip(theta, rngs, strict=True)]
+        else:
+            rows = [_copied(self.conform(self(t, rng))) for t, rng in zip(theta, rngs, strict=True)]
+            fields = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
+        if self.observe:
+            fields = self.observe.on_arrays(fields, theta, int(rngs[0].integers(2**62)))
+        return [{k: v[i] for k, v in fields.items()} for i in range(len(theta))]
 
     def conform(self, x: Any, lead: tuple[int, ...] = ()) -> Fields:
-        """x as the bank stores it; a `SimulatorError` that names the mend where it is not as declared."""
+        """What the function returned as the bank stores it; a `SimulatorError` with the mend where it is not as declared."""
         try:
-            return self.x.conform(x, lead)
+            return self.signal.conform(x, lead)
         except ObservationError as error:
             raise SimulatorError(f"simulator {self.name!r}: {error}; change what it returns, or its x_shape") from None
 
@@ -106,19 +120,29 @@ def simulator(
     log_likelihood: Callable[..., Any] | None = None,
     posterior_log_prob: Callable[..., Any] | None = None,
     posterior_sampler: Callable[..., Any] | None = None,
+    observe: Callable[..., Any] | None = None,
+    signal_shape: Any = None,
 ) -> Callable[[Callable[..., Any]], Simulator]:
     """Register a function `(theta, rng) -> x` as a simulator; see the module's docstring for its two forms.
 
     dtype: of stored x, "float32" or "float64". x_transform: "log" or "asinh" where x spans decades (nets read the
     transformed x). x_labels: names along the last axis. x_axis: (name, values) along the first. x_unit: of x.
     summary: a line on it, by default the docstring's first. time_limit: seconds a call may take (a row, or a block where it is
-    batched); a row that takes longer is marked timed-out.
+    batched); a row that takes longer is marked timed-out. observe: `(signal, theta, rng) -> x` in torch, where the function gives a
+    signal of `signal_shape` (by default x_shape): noise that is drawn afresh in every epoch, see observe.py.
     """
     if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
         raise SimulatorError(f"time_limit must be a number of seconds, got {time_limit!r}")
     if not isinstance(prior, Prior):
         prior = Prior(prior)
     x = ObservationSpec.declare(x_shape, dtype, x_transform, x_labels, x_axis, x_unit)
+
+    if signal_shape is not None and observe is None:
+        raise SimulatorError("signal_shape is of what observe takes: give observe too, or leave it away")
+
+    def observer(own_name: str) -> Observe | None:
+        signal = ObservationSpec.declare(signal_shape or x_shape, dtype)
+        return Observe(observe, own_name, signal, x) if observe else None
 
     def register(function: Callable[..., Any]) -> Simulator:
         if not callable(function):
@@ -132,7 +156,7 @@ def simulator(
         except ValueError:
             pass  # a compiled callable without a signature
         made = Simulator(function, own_name, prior, x, batched, citation, log_likelihood, posterior_log_prob, posterior_sampler,
-                         time_limit, summary, address(function))
+                         time_limit, summary, observer(own_name), address(function))
         _register(made)
         return made
 
@@ -309,11 +333,26 @@ def check(simulator: Simulator, rows: int = 64, seed: int = 0) -> CheckResult:
                 break
     total, finite, raised = (sum(getattr(r, k) for r in results) for k in ("rows", "finite", "raised"))  # counts as yet
     error = next((r.first_error for r in results if r.first_error), "")
+    if finite and simulator.observe:
+        _check_signals(simulator, theta, streams)
     if finite == 0:
         what = f"raised ({error})" if raised == total else f"{'raised or ' if raised else ''}gave NaN or infinite x"
         raise SimulatorError(f"simulator {simulator.name!r} {what} on every one of {total} rows drawn from its prior; "
                              "mend it, or narrow the prior")
     return CheckResult(total, finite / total, raised / total, error)
+
+
+def _check_signals(simulator: Simulator, theta: NDArray[np.float64], streams: list[np.random.SeedSequence]) -> None:
+    """The contract of observe, on up to eight finite signals."""
+    assert simulator.observe is not None
+    if simulator.batched:
+        fields, _ = _call(simulator, theta[:8], streams[0])
+        signals = [{k: v[i] for k, v in fields.items()} for i in range(8)]
+    else:
+        signals = [_call(simulator, t, s)[0] for t, s in zip(theta[:8], streams, strict=False)]
+    good = [i for i, s in enumerate(signals) if s and all(np.isfinite(v).all() for v in s.values())]
+    if good:
+        check_observe(simulator.observe, {k: np.stack([signals[i][k] for i in good]) for k in simulator.signal.shapes}, theta[good])
 
 
 def _outcome(simulator: Simulator, theta: NDArray[np.float64], stream: np.random.SeedSequence) -> CheckResult:

@@ -177,8 +177,8 @@ class _Workflow:
         with self._mistakes_in("train"):
             self._check_net(simulator)
         bank = self._simulate(simulator)
-        run = self._train(bank)
-        certificate = self._gate(run, bank)
+        run = self._train(bank, simulator)
+        certificate = self._gate(run, bank, simulator)
         self._sample(run, certificate, observation)
         self._report(run, certificate, observation, simulator)
         return Result(self.out, tuple(self.stages), certificate.passed,
@@ -218,26 +218,26 @@ class _Workflow:
         self._note("simulate", "done", f"{table.n} rows, digest {made.digest[:12]}")
         return made
 
-    def _train(self, bank: Bank) -> Run:
+    def _train(self, bank: Bank, simulator: Simulator) -> Run:
         path = self.out / "run"
         finished = (path / "run.json").exists() and Run.open(path).finished
         try:
-            run = train(bank, self.estimator, out=path, seed=self.seed, **self.train)
+            run = train(bank, self.estimator, out=path, seed=self.seed, simulator=simulator, **self.train)
         except OtherTraining as reason:
             self._set_aside(path, _what_differs(reason))
-            finished, run = False, train(bank, self.estimator, out=path, seed=self.seed, **self.train)
+            finished, run = False, train(bank, self.estimator, out=path, seed=self.seed, simulator=simulator, **self.train)
         loss = run.record["outcome"]["validation_loss"]
         self._note("train", "skipped" if finished else "done", f"validation loss {loss:.4f}")
         return run
 
-    def _gate(self, run: Run, bank: Bank) -> Certificate:
+    def _gate(self, run: Run, bank: Bank, simulator: Simulator) -> Certificate:
         old, reason = self._old_certificate(run, bank)
         if old is not None and not reason:
             self._note("gate", "skipped", f"the certificate {'holds' if old.passed else 'says refused'}")
             return old
         if reason:
             self.say(f"gate: again, since {reason}")
-        certificate = gate_run(run, seed=self.gate_seed, bank=bank.path, **asdict(self.gate))
+        certificate = gate_run(run, seed=self.gate_seed, bank=bank.path, simulator=simulator, **asdict(self.gate))
         verdict = "certified" if certificate.passed else "REFUSED by " + ", ".join(c.name for c in certificate.failed)
         self._note("gate", "done", verdict)
         return certificate

@@ -15,11 +15,11 @@ from typing import Any
 from sbiplat import files
 from sbiplat.bank import fill, index, segment
 from sbiplat.bank.bank import Bank, Problem, read_header
-from sbiplat.bank.layout import Header, default_rows_per_segment, pieces
+from sbiplat.bank.layout import Header, default_rows_per_segment, pieces, simulator_of
 from sbiplat.bank.segment import Opened, Rows, Segment, dataset_names
-from sbiplat.errors import BankError, SimulatorError
+from sbiplat.errors import BankError
 from sbiplat.progress import Progress, silent
-from sbiplat.simulator import Simulator, available, resolve
+from sbiplat.simulator import Simulator
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def repair(
     """
     path, progress = Path(path), progress or Progress.auto()
     header = read_header(path)
-    made = _simulator_of(header, path, simulator)
+    made = simulator_of(header, path, simulator, f"sbiplat bank verify {path} --repair")
     with files.locked(path, BankError(f"another process is filling {path}; wait for it, or stop it first")):
         remembered = index.read(path / "bank.h5", header)
         found = survey(path, progress)
@@ -103,17 +103,6 @@ def repair(
                 raise BankError(f"rows {span[0]} to {span[1] - 1} of {path} came out otherwise than they stood there before: simulator "
                                 f"{made.name!r}, or a library that it uses, has changed; the damaged files are kept beside them")
     return bank, found.problems
-
-
-def _simulator_of(header: Header, path: Path, given: Simulator | str | None) -> Simulator:
-    """The bank's simulator: the one given, or the one registered under its name."""
-    name = header.simulator["name"]
-    if given is None and (":" in name or name not in available()):
-        raise SimulatorError(f"no simulator is registered here as {name!r}; name it: sbiplat bank verify {path} --repair "
-                             "--simulator file.py:object")
-    made = resolve(given if given is not None else name)
-    header.check_same(Header.of(made, header.seed, header.rows, header.block_size), path)
-    return made
 
 
 def _set_aside(path: Path) -> None:

@@ -27,7 +27,7 @@ from sbiplat import files
 from sbiplat.errors import BankError, PriorError, SimulatorError, UserError
 from sbiplat.observation import ObservationSpec
 from sbiplat.prior import Prior
-from sbiplat.simulator import Simulator
+from sbiplat.simulator import Simulator, available, resolve
 
 FORMAT_VERSION = 1
 STATUS = {"ok": 0, "non-finite": 1, "raised": 2, "timed-out": 3, "crashed": 4}
@@ -52,16 +52,17 @@ class Header:
     rows: int
     versions: dict[str, str] = field(default_factory=dict)
     created: str = ""
+    signals: bool = False  # x is a signal, of which the simulator's `observe` makes observations
 
     @classmethod
     def of(cls, simulator: Simulator, seed: int, rows: int, block_size: int | None) -> Header:
         if block_size is None:
-            largest = max(1, MAX_BLOCK_BYTES // simulator.x.row_bytes)
+            largest = max(1, MAX_BLOCK_BYTES // simulator.signal.row_bytes)
             block_size = min(1024 if simulator.batched else 64, largest)
         return cls(
             {"name": simulator.name, "spec": simulator.spec, "source_digest": simulator.source_digest()},
-            simulator.batched, simulator.prior, simulator.x, int(seed), int(block_size), int(rows),
-            versions(), files.now(),
+            simulator.batched, simulator.prior, simulator.signal, int(seed), int(block_size), int(rows),
+            versions(), files.now(), simulator.observe is not None,
         )
 
     def identity(self) -> dict[str, Any]:
@@ -90,7 +91,7 @@ class Header:
         return {
             "format_version": FORMAT_VERSION, "simulator": self.simulator, "batched": self.batched,
             "prior": self.prior.to_json(), "x": self.x.to_json(), "seed": self.seed, "block_size": self.block_size,
-            "rows": self.rows, "versions": self.versions, "created": self.created,
+            "rows": self.rows, "versions": self.versions, "created": self.created, "signals": self.signals,
         }
 
     @classmethod
@@ -106,7 +107,8 @@ class Header:
             if numbers["block_size"] < 1 or numbers["rows"] < 1:
                 raise ValueError("block_size and rows must be positive")
             return cls(simulator, bool(data["batched"]), Prior.from_json(data["prior"]), ObservationSpec.from_json(data["x"]),
-                       **numbers, versions={str(k): str(v) for k, v in data["versions"].items()}, created=str(data["created"]))
+                       **numbers, versions={str(k): str(v) for k, v in data["versions"].items()}, created=str(data["created"]),
+                       signals=bool(data.get("signals", False)))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError, PriorError, SimulatorError) as error:
             raise BankError(f"{where} is damaged: {str(error) if isinstance(error, UserError) else repr(error)}") from None
 
@@ -126,6 +128,19 @@ class Header:
             if mine[key] != theirs[key]:
                 shown = f" {mine[key]!r}, not {theirs[key]!r}" if key in ("simulator", "seed", "block_size") else ""
                 raise BankError(f"{where} was made with another {key.replace('_', ' ')}{shown and ':'}{shown}; {mend}")
+
+
+def simulator_of(header: Header, path: Path, given: Simulator | str | None, command: str) -> Simulator:
+    """The bank's simulator: the one given, or the one registered here under its name: what a bank names is never run.
+
+    command: what a user would type, for the message. Raises SimulatorError, or BankError where it is not the bank's.
+    """
+    name = header.simulator["name"]
+    if given is None and (":" in name or name not in available()):
+        raise SimulatorError(f"no simulator is registered here as {name!r}; name it: {command} --simulator file.py:object")
+    made = resolve(given if given is not None else name)
+    header.check_same(Header.of(made, header.seed, header.rows, header.block_size), path)
+    return made
 
 
 def versions() -> dict[str, str]:

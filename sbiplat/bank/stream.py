@@ -21,7 +21,8 @@ from sbiplat.bank.segment import dataset_names
 from sbiplat.errors import BankError
 
 SLAB_ROWS = 512
-Pairs = dict[str, Any]  # {"theta": (n, D) unconstrained float32, "x": {name: (n, ...)}}
+# {"theta": (n, D) unconstrained float32, "x": {name: (n, ...)}}; of a bank of signals also "parameters": theta as the user has it
+Pairs = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,19 @@ def pairs_at(bank: Bank, rows: NDArray[np.int64]) -> Pairs:
 
 
 def _pairs(bank: Bank, data: dict[str, NDArray[Any]]) -> Pairs:
-    return {"theta": bank.header.prior.unconstrain(data["theta"]).astype(np.float32),
-            "x": {name: data[ds] for name, ds in dataset_names(bank.header).items()}}
+    pairs = {"theta": bank.header.prior.unconstrain(data["theta"]).astype(np.float32),
+             "x": {name: data[ds] for name, ds in dataset_names(bank.header).items()}}
+    return {**pairs, "parameters": data["theta"].astype(bank.header.x.dtype)} if bank.header.signals else pairs
 
 
 def take(pairs: Pairs, index: Any) -> Pairs:
     """The pairs at an index or slice."""
-    return {"theta": pairs["theta"][index], "x": {k: v[index] for k, v in pairs["x"].items()}}
+    return {k: {n: a[index] for n, a in v.items()} if k == "x" else v[index] for k, v in pairs.items()}
 
 
 def _join(parts: list[Pairs]) -> Pairs:
-    return {"theta": np.concatenate([p["theta"] for p in parts]),
-            "x": {k: np.concatenate([p["x"][k] for p in parts]) for k in parts[0]["x"]}}
+    return {k: {n: np.concatenate([p["x"][n] for p in parts]) for n in v} if k == "x" else np.concatenate([p[k] for p in parts])
+            for k, v in parts[0].items()}
 
 
 class Batches:

@@ -26,13 +26,16 @@ from sbiplat.diagnostics.held_out import HeldOutFigures, held_out_figures
 from sbiplat.errors import RunError, Uncertified
 from sbiplat.gate.criteria import NOT_TESTED, Criteria, Criterion, decide
 from sbiplat.nets import embeddings
+from sbiplat.observe import Observe
 from sbiplat.posteriors.base import Posterior
 from sbiplat.posteriors.direct import from_run
 from sbiplat.progress import Progress
 from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import whole_seed
-from sbiplat.training.trainer import TrainSettings
+from sbiplat.simulator import Simulator
+from sbiplat.source import source_digest
+from sbiplat.training.trainer import TrainSettings, observe_of
 
 FORMAT_VERSION = 1
 REFERENCE_ROWS = 10_000
@@ -128,12 +131,13 @@ class Certificate:
 
 
 def gate(
-    run: Run | str | Path, *, n: int | None = None, seed: int = 0, bank: str | Path | None = None, device: str = "cpu",
-    progress: Progress | None = None, **thresholds: Any,
+    run: Run | str | Path, *, n: int | None = None, seed: int = 0, bank: str | Path | None = None,
+    simulator: Simulator | str | None = None, device: str = "cpu", progress: Progress | None = None, **thresholds: Any,
 ) -> Certificate:
     """Test a finished run on held-out pairs, write its certificate and return it, passed or not.
 
-    n: pairs, by default 1000 or as many as were held out. thresholds: fields of `Criteria` by name.
+    n: pairs, by default 1000 or as many as were held out. simulator: of a bank of signals, as for `train`.
+    thresholds: fields of `Criteria` by name.
     """
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
     seed = whole_seed(seed)
@@ -141,7 +145,12 @@ def gate(
     progress = progress or Progress.auto()
     start = time.monotonic()
     source = run.bank(bank)
+    observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
+    if observe and source_digest(observe.function) != run.record.get("observe_source"):
+        raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
     pairs, training = _pairs(run, source, criteria.pairs, seed)
+    if observe:
+        pairs, training = (_observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
     figures = held_out_figures(from_run(run, device), pairs, training, criteria.draws, seed, progress)
     certificate = _certify(run, source, criteria, figures, seed, time.monotonic() - start)
     certificate.save()
@@ -159,6 +168,17 @@ def _pairs(run: Run, bank: Bank, most: int, seed: int) -> tuple[dict[str, Any], 
     rows = rng.choice(bank.rows, min(bank.rows, most_rows), replace=False)
     rows = rows[(bank.status[rows] == STATUS["ok"]) & ~np.isin(rows, apart.held_out)]
     return take(pairs_at(bank, apart.held_out), slice(most)), pairs_at(bank, rows)
+
+
+def _observed(observe: Observe, pairs: dict[str, Any], seed: int, part: int) -> dict[str, Any]:
+    """Pairs with one draw of x each, fixed by the gate's seed, in place of signals."""
+    size = 1000
+    drawn = []
+    for k, first in enumerate(range(0, len(pairs["theta"]), size)):
+        some = take(pairs, slice(first, first + size))
+        noise = int(np.random.SeedSequence(seed, spawn_key=(0x0B5F, part, k)).generate_state(1, np.uint64)[0] >> 1)
+        drawn.append(observe.on_arrays(some["x"], some["parameters"], noise))
+    return {"theta": pairs["theta"], "x": {name: np.concatenate([d[name] for d in drawn]) for name in drawn[0]}}
 
 
 def _certify(run: Run, bank: Bank, criteria: Criteria, figures: HeldOutFigures, seed: int, seconds: float) -> Certificate:

@@ -33,17 +33,20 @@ from torch import Tensor, nn
 
 from sbiplat import files
 from sbiplat.bank.bank import Bank
-from sbiplat.bank.layout import STATUS, versions
+from sbiplat.bank.layout import STATUS, simulator_of, versions
 from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
-from sbiplat.errors import OtherTraining, RunError, SettingError
+from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
 from sbiplat.estimators.base import Architecture, Estimator, find
 from sbiplat.nets import embeddings
+from sbiplat.observe import Observe
 from sbiplat.progress import Progress
 from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import setting, whole_seed
 from sbiplat.settings import split as split_settings
 from sbiplat.signals import Interrupted, Signals, Stopped
+from sbiplat.simulator import Simulator
+from sbiplat.source import source_digest
 from sbiplat.training import checkpoint
 
 DEVICES = ("cpu", "cuda")
@@ -81,11 +84,13 @@ class TrainSettings:
 
 
 def train(
-    bank: Bank | str | Path, estimator: str = "npe", *, out: str | Path, seed: int = 0, progress: Progress | None = None, **settings: Any
+    bank: Bank | str | Path, estimator: str = "npe", *, out: str | Path, seed: int = 0, simulator: Simulator | str | None = None,
+    progress: Progress | None = None, **settings: Any,
 ) -> Run:
     """Train an estimator on a bank into a run directory; the same call resumes, or returns a finished run at once.
 
-    settings: fields of `TrainSettings` and of the estimator's own settings, by name. Raises SettingError, BankError,
+    settings: fields of `TrainSettings` and of the estimator's own settings, by name. simulator: of a bank of signals, whose
+    `observe` makes x of them in every epoch; needed where it has no registered name. Raises SettingError, BankError,
     RunError where `out` holds another training, and Stopped after SIGINT or SIGTERM.
     """
     seed = whole_seed(seed)
@@ -96,13 +101,14 @@ def train(
     training = _filled(build_settings(TrainSettings, ours), bank)
     prior = bank.header.prior
     shape = build_settings(find(estimator).settings_class, theirs)
-    architecture = Architecture(estimator, shape, prior.dim, bank.header.x, prior.gaussianised)
+    observe = observe_of(bank, simulator, f"sbiplat train {bank.path}")
+    architecture = Architecture(estimator, shape, prior.dim, observe.x if observe else bank.header.x, prior.gaussianised)
     progress = progress or Progress.auto()
     torch.set_num_threads(training.threads)
 
     out = Path(out)
     apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
-    record = _record(bank, architecture, training, seed, apart, out)
+    record = _record(bank, architecture, training, seed, apart, observe, out)
     if not (out / "run.json").exists():
         _check_new(bank, architecture, seed, apart, out, progress)
     elif (run := _same(record, out)).finished:
@@ -112,7 +118,7 @@ def train(
         if not (out / "run.json").exists():
             files.write_json(out / "run.json", {**record, "finished": False, "created": files.now(), "versions": versions()})
         run = _same(record, out)  # another process may have begun or finished it meanwhile
-        return run if run.finished else _Training(run, bank, apart, training, progress).finish()
+        return run if run.finished else _Training(run, bank, apart, training, observe, progress).finish()
 
 
 def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
@@ -135,7 +141,9 @@ def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
     return build_settings(TrainSettings, values)
 
 
-def _record(bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, apart: Split, out: Path) -> dict[str, Any]:
+def _record(
+    bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, apart: Split, observe: Observe | None, out: Path
+) -> dict[str, Any]:
     """What this training is: run.json less its outcome."""
     return {
         "format_version": FORMAT_VERSION, "architecture": architecture.to_json(), "training": asdict(training), "seed": seed,
@@ -145,6 +153,7 @@ def _record(bank: Bank, architecture: Architecture, training: TrainSettings, see
         "prior": bank.header.prior.to_json(),
         "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
                   "left_out": apart.left_out, "digest": apart.digest()},
+        "observe_source": source_digest(observe.function) if observe else None,
         "embedding_source": embeddings.source_digest(getattr(architecture.settings, "embedding", "mlp")),
     }
 
@@ -170,7 +179,8 @@ def _same(record: Mapping[str, Any], out: Path) -> Run:
         settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL}}
         return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
-                "the embedding's code": (record.get("embedding_source") or "none")[:12]}
+                "the embedding's code": (record.get("embedding_source") or "none")[:12],
+                "the code of observe": (record.get("observe_source") or "none")[:12]}
 
     mine, theirs = flat(run.record), flat(record)
     differs = [k for k in theirs if mine.get(k) != theirs[k]]
@@ -201,17 +211,19 @@ def one_thread() -> Iterator[None]:
 class _Training:
     """One training under way: its state between two steps, and the steps."""
 
-    def __init__(self, run: Run, bank: Bank, apart: Split, settings: TrainSettings, progress: Progress) -> None:
-        self.run, self.settings, self.progress = run, settings, progress
+    def __init__(self, run: Run, bank: Bank, apart: Split, settings: TrainSettings, observe: Observe | None, progress: Progress) -> None:
+        self.run, self.settings, self.observe, self.progress = run, settings, observe, progress
         self.device = torch.device(settings.device)
         self.batches = Batches(bank, apart, settings.batch_size or 1, run.seed, int(settings.memory_mb * 2**20))
         self.estimator: Estimator = run.architecture.build(run.seed)
         rows = max(1000, min(SCALE_ROWS, SCALE_BYTES // bank.header.x.row_bytes))
-        scale = self._tensors(self.batches.sample(rows), torch.device("cpu"))
+        scale = self._observed(self._tensors(self.batches.sample(rows), torch.device("cpu")), _noise_seed(run.seed, -2, 0))
         self.estimator.fit_scales(scale["theta"], scale["x"])
         self.estimator.to(self.device)
         self.validation = self._prepared(pairs_at(bank, apart.validation))
-        self.resident = self._prepared(self.batches.release()) if self.batches.resident else None
+        self.resident = None
+        if self.batches.resident:  # with observe, x is made anew for every batch
+            self.resident = self._tensors(self.batches.release()) if observe else self._prepared(self.batches.release())
         self.optimizers = _optimizers(self.estimator, settings)
         self.total_steps = settings.max_epochs * self.batches.per_epoch
         self.average = {k: v.detach().clone() for k, v in self.estimator.state_dict().items()} if settings.ema else None
@@ -260,15 +272,29 @@ class _Training:
 
     def _epoch_batches(self) -> Iterator[dict[str, Any]]:
         epoch, skip = self.state["epoch"], self.state["step_in_epoch"]
-        if self.resident is None:
+        if self.observe is not None:
+            for k, batch in enumerate(self._raw_batches(), skip):
+                seen = self._observed(batch, _noise_seed(self.run.seed, epoch, k))
+                yield {"theta": seen["theta"], "x": self.estimator.prepare(seen["x"])}
+        elif self.resident is None:
             for pairs in self.batches.epoch(epoch, skip):
                 yield self._prepared(pairs)
+        else:
+            yield from self._raw_batches()
+
+    def _raw_batches(self) -> Iterator[dict[str, Any]]:
+        epoch, skip = self.state["epoch"], self.state["step_in_epoch"]
+        if self.resident is None:
+            yield from map(self._tensors, self.batches.epoch(epoch, skip))
             return
         order = torch.as_tensor(self.batches.order(epoch), device=self.device)
         size = self.batches.batch_size
         for k in range(skip, self.batches.per_epoch):
-            index = order[k * size:(k + 1) * size]
-            yield {"theta": self.resident["theta"][index], "x": {n: v[index] for n, v in self.resident["x"].items()}}
+            yield take(self.resident, order[k * size:(k + 1) * size])
+
+    def _observed(self, pairs: dict[str, Any], seed: int) -> dict[str, Any]:
+        """Tensors with x in place of the signal, where there is an observe."""
+        return pairs if self.observe is None else {"theta": pairs["theta"], "x": self.observe(pairs["x"], pairs["parameters"], seed)}
 
     def _step(self, batch: dict[str, Any]) -> float:
         """One optimizer step; returns the loss, and the running one where the step was left out."""
@@ -357,15 +383,17 @@ class _Training:
 
     def _tensors(self, pairs: Pairs, device: torch.device | None = None) -> dict[str, Any]:
         device = device or self.device
-        return {"theta": torch.as_tensor(pairs["theta"], device=device),
-                "x": {k: torch.as_tensor(np.ascontiguousarray(v), device=device) for k, v in pairs["x"].items()}}
+        def tensor(values: Any) -> Tensor:
+            return torch.as_tensor(np.ascontiguousarray(values), device=device)
+
+        return {k: {n: tensor(a) for n, a in v.items()} if k == "x" else tensor(v) for k, v in pairs.items()}
 
     def _prepared(self, pairs: Pairs) -> dict[str, Any]:
         """Pairs as the loss takes them; in pieces, on as many threads as training has, so that little stands in memory twice."""
         starts = range(0, len(pairs["theta"]), PREPARE_ROWS)
 
         def piece(a: int) -> dict[str, Tensor]:
-            part = self._tensors(take(pairs, slice(a, a + PREPARE_ROWS)))
+            part = self._observed(self._tensors(take(pairs, slice(a, a + PREPARE_ROWS))), _noise_seed(self.run.seed, -1, a))
             return self.estimator.prepare(part["x"])
 
         if len(starts) == 1:
@@ -424,6 +452,21 @@ def _schedule(step: int, total: int, warmup: float) -> float:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(0x70C4, epoch + 1)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _noise_seed(seed: int, epoch: int, step: int) -> int:
+    """Of observe's draws: epoch -1 is validation, -2 the rows that set scales."""
+    return int(np.random.SeedSequence(seed, spawn_key=(0x0B5E, epoch + 2, step)).generate_state(1, np.uint64)[0] >> 1)
+
+
+def observe_of(bank: Bank, simulator: Simulator | str | None, command: str) -> Observe | None:
+    """What makes x of the bank's rows, None where they are x; raises SimulatorError where a bank of signals has lost it."""
+    if not bank.header.signals:
+        return None
+    made = simulator_of(bank.header, bank.path, simulator, command)
+    if made.observe is None:
+        raise SimulatorError(f"the bank {bank.path} holds signals, and simulator {made.name!r} has no observe now to make x of them")
+    return made.observe
 
 
 def _optimizers(estimator: Estimator, settings: TrainSettings) -> list[torch.optim.Optimizer]:
