@@ -156,7 +156,7 @@ def test_an_observe_that_writes_to_its_signal_does_no_harm(bank, tmp_path):
 
 def test_signals_are_never_taken_for_observations(bank, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("sbiplat.simulator._registered", {})  # as in another process
+        patch.setattr(sys.modules["sbiplat.simulator"], "_registered", {})  # as in another process
         with pytest.raises(SimulatorError, match="no simulator is registered here as"):
             sp.train(bank.path, out=tmp_path / "run", progress=silent, **SMALL)
     bare = simulator(None)

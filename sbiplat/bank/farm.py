@@ -36,6 +36,7 @@ from sbiplat.signals import Interrupted, Signals
 from sbiplat.simulator import Simulator
 
 COMMIT_SECONDS = 60.0
+TASK_SECONDS = 0.1  # a task is not worth its commit below
 T = TypeVar("T")
 
 
@@ -145,18 +146,44 @@ class _Here(Executor):
         return future
 
 
-def spans(gaps: list[tuple[int, int]], header: Header, workers: int) -> Iterator[tuple[int, int]]:
-    """The tasks that cover the gaps: guided self-scheduling, whole blocks, at most one segment's bytes each."""
+def spans(
+    gaps: list[tuple[int, int]], header: Header, workers: int, row_seconds: Callable[[], float | None] = lambda: 0.0
+) -> Iterator[tuple[int, int]]:
+    """The tasks that cover the gaps: guided self-scheduling, at most one segment's bytes each.
+
+    Whole blocks; but where each row has a stream of its own, the first tasks, before the time of a row is known, and if it is long
+    the last ones too, are parts of blocks: so a few slow rows are shared by all workers, and these end together.
+    """
     remaining = sum(stop - first for first, stop in gaps)
     size, limit = header.block_size, default_rows_per_segment(header)
     for first, stop in gaps:
         while first < stop:
             share = remaining if workers == 1 else remaining // (3 * workers)
-            rows = max(size, min(limit, share // size * size))
-            cut = min(stop, (first + rows) // size * size)
+            pace = 0.0 if header.batched or workers == 1 else row_seconds()
+            if pace is None or (pace * size > TASK_SECONDS and share < size):
+                cut = min(stop, (first // size + 1) * size, first + max(1, share, round(TASK_SECONDS / pace) if pace else 1))
+            else:
+                rows = max(size, min(limit, share // size * size))
+                cut = min(stop, (first + rows) // size * size)
             yield first, cut
             remaining -= cut - first
             first = cut
+
+
+class _Pace:
+    """The mean time of a row so far, from receipts on their way to who asked for them."""
+
+    def __init__(self, on_receipts: Callable[[list[Receipt]], None]) -> None:
+        self._on_receipts, self._rows, self._seconds = on_receipts, 0, 0.0
+
+    def __call__(self, receipts: list[Receipt]) -> None:
+        for receipt in receipts:
+            self._rows += receipt.stop - receipt.first
+            self._seconds += receipt.seconds
+        self._on_receipts(receipts)
+
+    def row_seconds(self) -> float | None:
+        return self._seconds / self._rows if self._rows else None
 
 
 def dispatch(
@@ -196,11 +223,12 @@ def dispatch(
 def run_local(job: Job, gaps: list[tuple[int, int]], workers: int, on_receipts: Callable[[list[Receipt]], None]) -> None:
     """Fill the gaps with this process (one worker) or with forked ones."""
     global _job
-    tasks = spans(gaps, job.header, workers)
+    pace = _Pace(on_receipts)
+    tasks = spans(gaps, job.header, workers, pace.row_seconds)
     _job = job
     if workers == 1:
         try:
-            dispatch(_Here(), tasks, 1, on_receipts)
+            dispatch(_Here(), tasks, 1, pace)
         finally:
             _end_runner()
         return
@@ -213,7 +241,7 @@ def run_local(job: Job, gaps: list[tuple[int, int]], workers: int, on_receipts: 
 
     with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _start_worker, (job,)) as pool:
         try:
-            dispatch(pool, tasks, 2 * workers, on_receipts, stop_workers)
+            dispatch(pool, tasks, 2 * workers, pace, stop_workers)
         except BrokenProcessPool:
             raise BankError(f"a worker process was killed while it ran simulator {job.simulator.name!r} (perhaps for want of "
                             "memory); committed rows are kept, the same command resumes") from None
@@ -231,8 +259,8 @@ def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Calla
     try:
         with MPICommExecutor(comm, root=0) as executor:
             if executor is not None:
-                workers = comm.Get_size() - 1
-                dispatch(executor, spans(gaps, job.header, workers), 2 * workers, on_receipts)
+                workers, pace = comm.Get_size() - 1, _Pace(on_receipts)
+                dispatch(executor, spans(gaps, job.header, workers, pace.row_seconds), 2 * workers, pace)
     except Interrupted:
         signals.requested = True
     except BaseException as error:

@@ -101,8 +101,8 @@ def _simulate_here(order: _Order, workers: int) -> Bank:
     _refuse(order)
     with order.locked():
         header, gaps = _prepare(order)
-        blocks = -(-sum(stop - first for first, stop in gaps) // header.block_size)
-        workers = max(1, min(workers, blocks))
+        missing = sum(stop - first for first, stop in gaps)
+        workers = max(1, min(workers, -(-missing // header.block_size) if header.batched else missing))
         with farm.signals.installed(), _shown(order, gaps, workers) as on_receipts:
             try:
                 farm.run_local(order.job(header), gaps, workers, on_receipts)

@@ -300,6 +300,19 @@ def test_tasks_cover_the_gaps_once_and_cut_only_at_blocks(workers, gaps):
     assert all(edge % 64 == 0 or edge in edges for task in tasks for edge in task)
 
 
+@pytest.mark.parametrize("workers", [2, 7, 500])
+@pytest.mark.parametrize("gaps", [[(0, 1000)], [(3, 70), (128, 129), (640, 1000)]])
+def test_slow_rows_are_cut_inside_blocks_towards_the_end(workers, gaps):
+    header = Header.of(rowwise, 1, 1000, 64)
+    tasks = list(farm.spans(gaps, header, workers, lambda: 1.0))
+    assert sorted(r for a, b in tasks for r in range(a, b)) == [r for a, b in gaps for r in range(a, b)]
+    assert tasks[-1][1] - tasks[-1][0] == 1
+    whole = list(farm.spans(gaps, Header.of(batchwise, 1, 1000, 64), workers, lambda: 1.0))
+    unknown = list(farm.spans([(0, 64)], header, 8, lambda: None))
+    assert max(b - a for a, b in unknown) <= 2, "64 rows of an hour each are not one worker's"
+    assert whole == list(farm.spans(gaps, Header.of(batchwise, 1, 1000, 64), workers)), "a block of a batched simulator is one call"
+
+
 def test_a_long_task_is_committed_as_it_goes(tmp_path, monkeypatch):
     monkeypatch.setattr(farm, "COMMIT_SECONDS", 0.0)
     often = simulate(rowwise, 256, 1, tmp_path / "b", workers=1, progress=silent)
