@@ -64,6 +64,10 @@ class Bank:
 
     # -------------------------------------------------------------------------------------------------- contents
 
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        return row_shapes(self.header)
+
     @property
     def rows(self) -> int:
         """Rows wanted; `complete` says whether all are there."""
@@ -130,14 +134,21 @@ class Bank:
 
     def read(self, first: int, stop: int) -> dict[str, NDArray[Any]]:
         """Rows first..stop-1 by ordinary file reads (no mapped pages stay behind): dataset -> array."""
+        out = self.empty(stop - first)
+        self.read_into(first, stop, out, 0)
+        return out
+
+    def empty(self, count: int) -> dict[str, NDArray[Any]]:
+        """Room for so many rows: dataset -> array."""
+        return {name: np.empty((count, *shape), dtype) for name, (shape, dtype) in self._shapes.items()}
+
+    def read_into(self, first: int, stop: int, out: dict[str, NDArray[Any]], at: int) -> None:
+        """Rows first..stop-1 into rows at, at + 1, ... of the arrays in `out`, without a copy between."""
         self.require_complete()
-        out = {name: np.empty((stop - first, *shape), dtype) for name, (shape, dtype) in row_shapes(self.header).items()}
         nearest = max(bisect_right(self._firsts, first) - 1, 0)
         for part, a, b in self._parts[nearest:bisect_left(self._firsts, stop)]:
             a, b = max(a, first), min(b, stop)
-            for name, values in self._slab(part, a, b, list(out)).items():
-                out[name][a - first:b - first] = values
-        return out
+            self._slab_into(part, a, b, out, at + a - first)
 
     def at(self, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
         """The given rows, in the given order, through memory maps: dataset -> array."""
@@ -155,17 +166,21 @@ class Bank:
         return out
 
     def _slab(self, part: Opened, first: int, stop: int, names: list[str]) -> dict[str, NDArray[Any]]:
-        out = {}
-        with part.segment.path.open("rb") as file:
-            for name in names:
-                shape, dtype = row_shapes(self.header)[name]
-                width = int(np.prod(shape, dtype=np.int64))
-                file.seek(part.offsets[name] + (first - part.segment.first) * width * dtype.itemsize)
-                values = np.fromfile(file, dtype, (stop - first) * width)
-                if len(values) != (stop - first) * width:
-                    raise BankError(f"{part.segment.path} is cut short; `sbiplat bank verify {self.path}` says what is missing")
-                out[name] = values.reshape(stop - first, *shape)
+        out = {name: np.empty((stop - first, *self._shapes[name][0]), self._shapes[name][1]) for name in names}
+        self._slab_into(part, first, stop, out, 0)
         return out
+
+    def _slab_into(self, part: Opened, first: int, stop: int, out: dict[str, NDArray[Any]], at: int) -> None:
+        with part.segment.path.open("rb", buffering=0) as file:
+            for name, values in out.items():
+                target = values[at:at + stop - first].reshape(-1).view(np.uint8)
+                file.seek(part.offsets[name] + (first - part.segment.first) * len(target) // (stop - first))
+                done = 0
+                while done < len(target):
+                    count = file.readinto(target[done:])
+                    if not count:
+                        raise BankError(f"{part.segment.path} is cut short; `sbiplat bank verify {self.path}` says what is missing")
+                    done += count
 
     # ---------------------------------------------------------------------------------------------------- digest
 
@@ -266,7 +281,7 @@ class Bank:
 
     def _pack_into(self, path: Path, progress: Progress) -> None:
         with h5py.File(path, "w") as file, progress.task("pack", self.rows) as advance:
-            for name, (shape, dtype) in row_shapes(self.header).items():
+            for name, (shape, dtype) in self._shapes.items():
                 file.create_dataset(name, (self.rows, *shape), dtype)
             hashes = []
             for first, stop in self._chunks(0, self.rows):

@@ -91,6 +91,7 @@ class Batches:
         self.resident = 2 * row_bytes * bank.rows <= budget  # twice: rows and the copy that a selection makes
         self._buffer_rows = max(4 * SLAB_ROWS, self.batch_size, budget // (4 * row_bytes))
         self._all: Pairs | None = None
+        self._buffer: dict[str, NDArray[Any]] | None = None
 
     def sample(self, rows: int) -> Pairs:
         """Up to `rows` training rows spread over the bank, for setting scales."""
@@ -98,7 +99,7 @@ class Batches:
         slabs = self._slabs()
         parts, count = [], 0
         for k in rng.permutation(len(slabs)):
-            parts.append(self._slab(*slabs[k]))
+            parts.append(self._rows(*slabs[k]))
             count += len(parts[-1]["theta"])
             if count >= rows:
                 break
@@ -115,7 +116,7 @@ class Batches:
     def resident_pairs(self) -> Pairs:
         """All training rows in memory."""
         if self._all is None:
-            self._all = _join([self._slab(a, b) for a, b in self._slabs(64 * SLAB_ROWS)])
+            self._all = self._gathered()
         return self._all
 
     def release(self) -> Pairs:
@@ -136,33 +137,70 @@ class Batches:
             yield lambda chosen=chosen: take(pairs, chosen)
 
     def _streamed_epoch(self, rng: np.random.Generator) -> Iterator[Any]:
+        """Slabs in random order are read into one buffer, whose good rows are shuffled, emitted and filled up again."""
         slabs = self._slabs()
-        held: list[Pairs] = []
-        count = made = 0
+        if self._buffer is None:
+            self._buffer = self._bank.empty(self._buffer_rows + SLAB_ROWS + self.batch_size)
+        buffer = self._buffer
+        good: list[NDArray[np.int64]] = []  # the places in the buffer of rows that train
+        at = count = made = 0
         for k in rng.permutation(len(slabs)):
-            held.append(self._slab(*slabs[k]))
-            count += len(held[-1]["theta"])
-            if count >= self._buffer_rows:
-                rest = yield from self._emit(held, rng, self.per_epoch - made)
-                made += (count - len(rest["theta"])) // self.batch_size
-                held, count = [rest], len(rest["theta"])
-        if held:
-            yield from self._emit(held, rng, self.per_epoch - made)
+            first, stop = slabs[k]
+            self._bank.read_into(first, stop, buffer, at)
+            good.append(at + np.flatnonzero(self._trains(first, stop, buffer["status"][at:at + stop - first])))
+            at, count = at + stop - first, count + len(good[-1])
+            if count >= self._buffer_rows or at + SLAB_ROWS > len(buffer["status"]):
+                places, whole = self._shuffled(good, rng, self.per_epoch - made)
+                yield from self._emit(buffer, places[:whole * self.batch_size])
+                made += whole
+                rest = places[whole * self.batch_size:]
+                for values in buffer.values():
+                    values[:len(rest)] = values[rest]
+                good, at, count = [np.arange(len(rest))], len(rest), len(rest)
+        if count:
+            places, whole = self._shuffled(good, rng, self.per_epoch - made)
+            yield from self._emit(buffer, places[:whole * self.batch_size])
 
-    def _emit(self, held: list[Pairs], rng: np.random.Generator, most: int) -> Any:
-        pairs = _join(held)
-        order = rng.permutation(len(pairs["theta"]))
-        whole = min(most, len(order) // self.batch_size)
-        for k in range(whole):
-            yield take(pairs, order[k * self.batch_size:(k + 1) * self.batch_size])
-        return take(pairs, order[whole * self.batch_size:])
+    def _shuffled(self, good: list[NDArray[np.int64]], rng: np.random.Generator, most: int) -> tuple[NDArray[np.int64], int]:
+        """The places in random order, and how many whole batches they make, at most `most`."""
+        places = np.concatenate(good)
+        return places[rng.permutation(len(places))], min(most, len(places) // self.batch_size)
+
+    def _emit(self, buffer: dict[str, NDArray[Any]], places: NDArray[np.int64]) -> Iterator[Pairs]:
+        """Batches of the buffer's rows at these places; the prior's bijection is applied to many rows at once."""
+        theta = dict(zip(("theta", "parameters"), self._parameters(buffer["theta"][places]), strict=False))
+        for a in range(0, len(places), self.batch_size):
+            part = slice(a, a + self.batch_size)
+            yield {**{k: v[part] for k, v in theta.items()},
+                   "x": {name: buffer[ds][places[part]] for name, ds in dataset_names(self._bank.header).items()}}
+
+    def _parameters(self, theta: NDArray[np.float64]) -> tuple[NDArray[Any], ...]:
+        header = self._bank.header
+        z = header.prior.unconstrain(theta).astype(np.float32)
+        return (z, theta.astype(header.x.dtype)) if header.signals else (z,)
+
+    def _gathered(self) -> Pairs:
+        """All training rows in arrays of just their size: little stands in memory twice."""
+        out, at = self._bank.empty(self._training_rows), 0
+        for first, stop in self._slabs(64 * SLAB_ROWS):
+            data = self._bank.read(first, stop)
+            keep = self._trains(first, stop, data["status"])
+            count = int(keep.sum())
+            for name, values in data.items():
+                np.compress(keep, values, axis=0, out=out[name][at:at + count])
+            at += count
+        return _pairs(self._bank, out)
 
     def _slabs(self, rows: int = SLAB_ROWS) -> list[tuple[int, int]]:
         return [(a, min(a + rows, self._bank.rows)) for a in range(0, self._bank.rows, rows)]
 
-    def _slab(self, first: int, stop: int) -> Pairs:
-        """Rows first..stop-1 less those set aside and those that failed."""
-        data = self._bank.read(first, stop)
-        keep = data["status"] == STATUS["ok"]
+    def _trains(self, first: int, stop: int, status: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Which of the rows first..stop-1 are trained on: those that did not fail and are not set aside."""
+        keep = status == STATUS["ok"]
         keep[self._out[np.searchsorted(self._out, first):np.searchsorted(self._out, stop)] - first] = False
-        return _pairs(self._bank, data if keep.all() else {k: v[keep] for k, v in data.items()})
+        return keep
+
+    def _rows(self, first: int, stop: int) -> Pairs:
+        data = self._bank.read(first, stop)
+        keep = self._trains(first, stop, data["status"])
+        return _pairs(self._bank, {k: v[keep] for k, v in data.items()})

@@ -106,8 +106,8 @@ def test_at_gives_rows_in_the_order_asked(bank):
 
 def test_reading_touches_only_the_segments_of_its_rows(bank, monkeypatch):
     touched = []
-    real = Bank._slab
-    monkeypatch.setattr(Bank, "_slab", lambda self, part, *rest: touched.append(part) or real(self, part, *rest))
+    real = Bank._slab_into
+    monkeypatch.setattr(Bank, "_slab_into", lambda self, part, *rest: touched.append(part) or real(self, part, *rest))
     bank.read(130, 140)
     assert [(part.segment.first, part.segment.stop) for part in touched] == [(128, 150)]
 
