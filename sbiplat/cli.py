@@ -139,6 +139,7 @@ def simulate(
     time_limit: Annotated[float | None, typer.Option(help="Seconds a row (of a batched simulator: a block) may take.")] = None,
     recycle: Annotated[int | None, typer.Option(help="Blocks after which a simulator's process is replaced, if it leaks memory.")] = None,
     isolate: Annotated[bool, typer.Option(help="Run the simulator in child processes, which may crash or hang.")] = True,
+    ranks_per_simulation: Annotated[int, typer.Option(help="MPI ranks that simulate a row together, for parallel simulators.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Fill a bank with simulations; resumes and extends. `mpiexec -n R sbiplat simulate ...` uses R ranks."""
@@ -146,7 +147,7 @@ def simulate(
     from sbiplat.bank.farm import mpi_world
 
     made = fill.simulate(sim, n, seed, out, workers=workers, block_size=block_size, checked=checked, time_limit=time_limit,
-                         recycle=recycle, isolate=isolate)
+                         recycle=recycle, isolate=isolate, ranks_per_simulation=ranks_per_simulation)
     comm = mpi_world()
     if comm is None or comm.Get_rank() == 0:
         info = made.info()

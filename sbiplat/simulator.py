@@ -65,10 +65,18 @@ class Simulator:
     time_limit: float | None = None
     about: str = ""
     observe: Observe | None = None
+    parallel: bool = False
     spec: str = field(default="", compare=False)  # how another process finds it again
 
-    def __call__(self, theta: NDArray[np.float64], rng: np.random.Generator) -> Any:
-        return self.function(theta, rng)
+    def __call__(self, theta: NDArray[np.float64], rng: np.random.Generator, comm: Any = None) -> Any:
+        """What the function gives; one that runs on MPI ranks gets `comm`, by default this process alone."""
+        if not self.parallel:
+            return self.function(theta, rng)
+        if comm is None:
+            from mpi4py import MPI
+
+            comm = MPI.COMM_SELF
+        return self.function(theta, rng, comm)
 
     @property
     def signal(self) -> ObservationSpec:
@@ -122,6 +130,7 @@ def simulator(
     posterior_sampler: Callable[..., Any] | None = None,
     observe: Callable[..., Any] | None = None,
     signal_shape: Any = None,
+    parallel: bool = False,
 ) -> Callable[[Callable[..., Any]], Simulator]:
     """Register a function `(theta, rng) -> x` as a simulator; see the module's docstring for its two forms.
 
@@ -129,7 +138,8 @@ def simulator(
     transformed x). x_labels: names along the last axis. x_axis: (name, values) along the first. x_unit: of x.
     summary: a line on it, by default the docstring's first. time_limit: seconds a call may take (a row, or a block where it is
     batched); a row that takes longer is marked timed-out. observe: `(signal, theta, rng) -> x` in torch, where the function gives a
-    signal of `signal_shape` (by default x_shape): noise that is drawn afresh in every epoch, see observe.py.
+    signal of `signal_shape` (by default x_shape): noise that is drawn afresh in every epoch, see observe.py. parallel: the function is
+    `(theta, rng, comm) -> x` and runs on all MPI ranks of comm at once, each with the same theta and rng; x is that of its rank 0.
     """
     if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
         raise SimulatorError(f"time_limit must be a number of seconds, got {time_limit!r}")
@@ -149,14 +159,14 @@ def simulator(
             raise SimulatorError(f"@sp.simulator decorates a function (theta, rng) -> x, got {function!r}")
         own_name = name or getattr(_innermost(function), "__name__", type(function).__name__)
         try:
-            inspect.signature(function).bind(None, None)
+            inspect.signature(function).bind(*[None] * (3 if parallel else 2))
         except TypeError:
-            raise SimulatorError(f"simulator {own_name!r}: must take (theta, rng), its signature is "
+            raise SimulatorError(f"simulator {own_name!r}: must take (theta, rng{', comm' if parallel else ''}), its signature is "
                                  f"{own_name}{inspect.signature(function)}") from None
         except ValueError:
             pass  # a compiled callable without a signature
         made = Simulator(function, own_name, prior, x, batched, citation, log_likelihood, posterior_log_prob, posterior_sampler,
-                         time_limit, summary, observer(own_name), address(function))
+                         time_limit, summary, observer(own_name), parallel, address(function))
         _register(made)
         return made
 

@@ -60,6 +60,8 @@ class Job:
     limits: Limits
 
     def runner(self) -> Runner:
+        if _group is not None:
+            return Direct(_Together(self.simulator, _group), self.header, signals, whole_rows=True)
         if self.limits.isolate:
             return Sandbox(self.simulator, self.header, self.limits, signals)
         return Direct(self.simulator, self.header, signals)
@@ -67,6 +69,7 @@ class Job:
 
 _job: Job | None = None
 _runner: Runner | None = None
+_group: Any = None  # this rank's communicator, where several ranks simulate a row together
 
 
 signals = Signals()
@@ -252,10 +255,20 @@ def run_local(job: Job, gaps: list[tuple[int, int]], workers: int, on_receipts: 
 
 def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Callable[[list[Receipt]], None]) -> None:
     """Fill the gaps with the ranks of `comm`: rank 0 hands out, the others simulate. An error anywhere ends the job."""
-    global _job
+    global _job, _group
     from mpi4py.futures import MPICommExecutor
 
     _job = job
+    if job.limits.ranks_per_simulation > 1:
+        from mpi4py import MPI
+
+        team = (comm.Get_rank() - 1) // job.limits.ranks_per_simulation  # -1: rank 0, which hands out
+        _group = comm.Split(team + 1, comm.Get_rank())
+        leads = comm.Get_rank() == 0 or _group.Get_rank() == 0
+        comm = comm.Split(0 if leads else MPI.UNDEFINED, comm.Get_rank())
+        if not leads:
+            _follow(job.simulator, _group)
+            return
     try:
         with MPICommExecutor(comm, root=0) as executor:
             if executor is not None:
@@ -267,6 +280,53 @@ def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Calla
         abort(comm, error)
     finally:
         _end_runner()
+        if _group is not None and comm.Get_rank() > 0:
+            _group.bcast(None)
+        _group = None
+
+
+class _Together:
+    """A simulator that runs on all ranks of a group; what its first rank calls."""
+
+    def __init__(self, simulator: Simulator, group: Any) -> None:
+        self._group, self._simulator = group, simulator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._simulator, name)
+
+    def __call__(self, theta: Any, rng: np.random.Generator) -> Any:
+        self._group.bcast((theta, rng))
+        x, error = _tried(self._simulator, theta, rng, self._group)
+        errors = [e for e in self._group.allgather(error) if e]
+        if errors:
+            raise RuntimeError(errors[0])
+        return x
+
+
+def _follow(simulator: Simulator, group: Any) -> None:
+    """What the other ranks of a group do: the same rows, until there are no more."""
+    while (task := group.bcast(None)) is not None:
+        group.allgather(_tried(simulator, *task, group)[1])
+
+
+def _tried(simulator: Simulator, theta: Any, rng: np.random.Generator, group: Any) -> tuple[Any, str]:
+    try:
+        return simulator(theta, rng, group), ""
+    except (Exception, SystemExit) as error:  # the user's own code: anything may come
+        return None, f"{type(error).__name__}: {error}"
+
+
+def check_ranks(comm: Any, simulator: Simulator, ranks: int) -> None:
+    """Whether these ranks can be split so; raises BankError."""
+    size = comm.Get_size() if comm else 1
+    if simulator.parallel and ranks == 1 and comm is None:
+        return  # this process alone
+    if ranks > 1 and not simulator.parallel:
+        raise BankError(f"simulator {simulator.name!r} does not take a communicator: register it with parallel=True to run it on "
+                        f"{ranks} ranks at once")
+    if ranks > 1 and (size < 1 + ranks or (size - 1) % ranks):
+        raise BankError(f"{ranks} ranks a simulation need 1 + a multiple of {ranks} ranks (the first hands out), and there are {size}; "
+                        f"use mpiexec -n {1 + ranks * max(1, (size - 1) // ranks)}")
 
 
 def together(comm: Any, function: Callable[[], T]) -> T:

@@ -51,7 +51,8 @@ class _Order:
         return files.locked(self.out, BankError(f"another process is filling {self.out}; wait for it, or stop it first"))
 
     def job(self, header: Header) -> farm.Job:
-        limits = replace(self.limits, time_limit=self.limits.time_limit or self.simulator.time_limit)
+        limits = replace(self.limits, time_limit=self.limits.time_limit or self.simulator.time_limit,
+                         isolate=self.limits.isolate and not self.simulator.parallel)
         return farm.Job(self.simulator, header, self.out / "segments", limits)
 
 
@@ -70,6 +71,7 @@ def simulate(
     time_limit: float | None = None,
     recycle: int | None = None,
     isolate: bool = True,
+    ranks_per_simulation: int = 1,
     progress: Progress | None = None,
 ) -> Bank:
     """Fill a bank with n rows; the same call resumes it, a larger n extends it.
@@ -78,7 +80,8 @@ def simulate(
     under mpiexec or srun. `checked=False` leaves out the contract check that runs a few rows before a new bank.
     The simulator runs in child processes, which are replaced when it crashes, after `recycle` blocks where it leaks, and when
     a call (a row, or a block where it is batched) takes longer than `time_limit` seconds; `isolate=False` runs it in the
-    worker itself, for what cannot be forked (CUDA, MPI), without any of that.
+    worker itself, for what cannot be forked (CUDA, MPI), without any of that. `ranks_per_simulation`: for a simulator
+    registered with parallel=True, which gets a communicator of so many ranks.
     Raises SimulatorError, BankError, and Stopped after SIGINT or SIGTERM; what was committed is kept in every case.
     Under MPI rank 0 raises, and the other ranks exit quietly with the same code.
     """
@@ -86,7 +89,8 @@ def simulate(
         optional = name in ("workers", "block_size") and value is None
         if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62):
             raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
-    limits = build(Limits, {"time_limit": time_limit, "recycle": recycle, "isolate": isolate})
+    limits = build(Limits, {"time_limit": time_limit, "recycle": recycle, "isolate": isolate,
+                            "ranks_per_simulation": ranks_per_simulation})
     progress = progress or Progress.auto()
     comm = farm.mpi_world()
     if comm is None:
@@ -124,7 +128,7 @@ def _simulate_with(comm: Any, order: _Order) -> Bank:
         description, gaps = comm.bcast(together(comm, lambda: prepare() if root else None))
         header = Header.from_json(description, order.header_path)
         together(comm, lambda: _same_code(comm, order, header))
-        with farm.signals.installed(), _shown(order if root else replace(order, progress=silent), gaps, comm.Get_size() - 1) as on_receipts:
+        with farm.signals.installed(), _shown(order if root else replace(order, progress=silent), gaps, (comm.Get_size() - 1) // order.limits.ranks_per_simulation) as on_receipts:
             farm.run_mpi(order.job(header), gaps, comm, on_receipts)
             stopped = any(comm.allgather(farm.signals.requested))
 
@@ -146,6 +150,7 @@ def _same_code(comm: Any, order: _Order, header: Header) -> None:
 def _refuse(order: _Order) -> None:
     """Refuse a place that is no bank's, and a simulator that breaks its contract, before anything is made."""
     out = order.out
+    farm.check_ranks(farm.mpi_world(), order.simulator, order.limits.ranks_per_simulation)
     if out.exists() and not out.is_dir():
         raise BankError(f"{out} is a file, and a bank grows in a directory (a packed one cannot be extended); "
                         "give another --out")
@@ -153,7 +158,7 @@ def _refuse(order: _Order) -> None:
     if out.is_dir() and not known and any(entry.name not in ("lock", "segments") for entry in out.iterdir()):
         raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
     if order.checked and not known:
-        if order.limits.isolate:
+        if order.limits.isolate and not order.simulator.parallel:
             check_apart(order.simulator, 2, order.limits.time_limit or order.simulator.time_limit)
         else:
             check(order.simulator, rows=2)

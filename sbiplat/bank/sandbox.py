@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
@@ -36,7 +36,7 @@ from sbiplat.bank.layout import MISSING, STATUS, Header, default_rows_per_segmen
 from sbiplat.bank.segment import Rows
 from sbiplat.errors import SimulatorError
 from sbiplat.settings import setting
-from sbiplat.signals import Signals
+from sbiplat.signals import Interrupted, Signals
 from sbiplat.simulator import Simulator, check
 
 LOOK_SECONDS = 0.5  # how often a child's death is looked for where its pipe does not tell
@@ -54,6 +54,7 @@ class Limits:
     time_limit: float | None = setting(None, "seconds a call may take; later its rows are marked timed-out", low=1e-3)
     recycle: int | None = setting(None, "blocks after which a simulator's process is replaced", low=1)
     isolate: bool = setting(True, "run the simulator in a child process")
+    ranks_per_simulation: int = setting(1, "MPI ranks that simulate one row together", low=1)
 
 
 class Runner(Protocol):
@@ -125,10 +126,10 @@ def _empty(header: Header, first: int, stop: int) -> Rows:
 
 
 class Direct:
-    """The simulator in this very process."""
+    """The simulator in this very process. whole_rows: a signal stops it only between rows, since other ranks are in the row too."""
 
-    def __init__(self, simulator: Simulator, header: Header, signals: Signals) -> None:
-        self._simulator, self._header, self._signals = simulator, header, signals
+    def __init__(self, simulator: Any, header: Header, signals: Signals, whole_rows: bool = False) -> None:
+        self._simulator, self._header, self._signals, self._whole_rows = simulator, header, signals, whole_rows
         self.done = 0
 
     def start(self, first: int, stop: int) -> None:
@@ -139,8 +140,10 @@ class Direct:
 
         def on_row(row: int, done: int) -> None:
             self.done = done
+            if self._whole_rows and self._signals.requested:
+                raise Interrupted
 
-        with self._signals.interruptible():
+        with nullcontext() if self._whole_rows else self._signals.interruptible():
             simulate_into(self._simulator, self._header, self._rows, first, stop, on_row, self._rows.messages.__setitem__)
         self._pieces = self._pieces[1:]
         return not self._pieces

@@ -31,3 +31,17 @@ def kills_its_worker(theta, rng):
         os.kill(os.getppid(), 9)
         time.sleep(10)
     return theta
+
+
+@sp.simulator(prior=PRIOR, x_shape=(3,), dtype="float64", parallel=True)
+def parallel(theta, rng, comm):
+    """A sum that all ranks of a group make together; the same on any number of them."""
+    if theta[0] < 0.1:
+        raise ValueError(f"low, on rank {comm.Get_rank()} of {comm.Get_size()}")
+    terms = rng.integers(0, 1000, 24)
+    mine = int(terms[comm.Get_rank()::comm.Get_size()].sum())
+    total = comm.allreduce(mine)
+    if os.environ.get("SBIPLAT_TEST_SIZES"):
+        with open(os.environ["SBIPLAT_TEST_SIZES"], "a") as file:
+            file.write(f"{comm.Get_size()}\n")
+    return np.array([total, theta[0], theta[1]])

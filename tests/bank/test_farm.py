@@ -354,3 +354,50 @@ def test_a_failed_commit_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(sp.UserError, match="the disk is full"):
         simulate(batchwise, 10, 1, tmp_path / "b", workers=1, progress=silent)
     assert not list((tmp_path / "b" / "segments").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- parallel simulators
+
+
+def parallel_command(out, ranks, each, n=120):
+    words = [sys.executable, "-m", "sbiplat", "simulate", f"{FILE}:parallel", "--n", str(n), "--seed", "1", "--out", str(out),
+             "--ranks-per-simulation", str(each)]
+    return [str(MPIEXEC), "-n", str(ranks), *words] if ranks > 1 else words
+
+
+def test_a_parallel_simulator_gets_its_own_communicator_and_gives_the_same_bank(tmp_path):
+    """One process; three ranks of which each simulates alone; two groups of two; one of three."""
+    digests = set()
+    for ranks, each in ((1, 1), (3, 1), (5, 2), (4, 3)):
+        out, sizes = tmp_path / f"{ranks}-{each}", tmp_path / f"sizes-{ranks}-{each}"
+        code, _, err = finish(start(parallel_command(out, ranks, each), env={**os.environ, "SBIPLAT_TEST_SIZES": str(sizes)}))
+        assert code == 0, err
+        bank = Bank.open(out)
+        digests.add(bank.digest)
+        rows = sizes.read_text().split()[-bank.status_counts()["ok"] * each:]
+        assert set(rows) == {str(each)}
+    assert len(digests) == 1
+    np.testing.assert_array_equal(bank.status == 2, bank.theta[:, 0] < 0.1)
+    assert "ValueError: low, on rank" in bank.info()["first_failures"][0]["message"]
+
+
+@pytest.mark.parametrize(("name", "ranks", "each", "says"), [
+    ("parallel", 4, 2, "need 1 + a multiple of 2 ranks (the first hands out), and there are 4; use mpiexec -n 3"),
+    ("parallel", 1, 2, "and there are 1; use mpiexec -n 3"), ("rowwise", 3, 2, "does not take a communicator"),
+])
+def test_ranks_that_cannot_be_split_so_are_one_line(name, ranks, each, says, tmp_path):
+    words = [w.replace(":parallel", f":{name}") for w in parallel_command(tmp_path / "b", ranks, each)]
+    code, _, err = finish(start(words))
+    assert code == 2
+    assert len(errors_in(err)) == 1
+    assert says in err
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_signal_stops_a_parallel_simulator_between_rows(tmp_path):
+    process = start(parallel_command(tmp_path / "b", 5, 2, 200_000))
+    wait_for(lambda: segments_of(tmp_path / "b"), process)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code != 0
+    assert 0 < Bank.open(tmp_path / "b").present < 200_000, err
