@@ -128,7 +128,9 @@ def _simulate_with(comm: Any, order: _Order) -> Bank:
         description, gaps = comm.bcast(together(comm, lambda: prepare() if root else None))
         header = Header.from_json(description, order.header_path)
         together(comm, lambda: _same_code(comm, order, header))
-        with farm.signals.installed(), _shown(order if root else replace(order, progress=silent), gaps, (comm.Get_size() - 1) // order.limits.ranks_per_simulation) as on_receipts:
+        shown = order if root else replace(order, progress=silent)
+        teams = (comm.Get_size() - 1) // order.limits.ranks_per_simulation
+        with farm.signals.installed(), _shown(shown, gaps, teams) as on_receipts:
             farm.run_mpi(order.job(header), gaps, comm, on_receipts)
             stopped = any(comm.allgather(farm.signals.requested))
 
