@@ -42,6 +42,12 @@ def wide(theta, rng):
     return theta[:, :1].astype(np.float32) + rng.standard_normal((len(theta), SIZE), dtype=np.float32)
 
 
+@sp.simulator(prior=sp.Prior({"a": sp.Normal(0.0, 1.0)}), x_shape=(24,), batched=True)
+def narrow(theta, rng):
+    """Rows of a hundred bytes."""
+    return theta.astype(np.float32) + rng.standard_normal((len(theta), 24), dtype=np.float32)
+
+
 def peak() -> float:
     """MB of resident memory at most so far (getrusage would count the process that started this one)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
@@ -50,7 +56,8 @@ def peak() -> float:
 
 def epoch(path: Path) -> dict[str, float]:
     bank, before = Bank.open(path), peak()
-    batches = Batches(bank, split(bank, 0, 0.001, 0.001, 1000), BATCH, 0, BUDGET_MB * 2**20)
+    budget = min(BUDGET_MB * 2**20, bank.rows * row_bytes(bank.header))
+    batches = Batches(bank, split(bank, 0, 0.001, 0.001, 1000), BATCH, 0, budget)
     assert not batches.resident
     for _ in batches.epoch(1):  # memory is touched for the first time
         pass
@@ -160,6 +167,12 @@ def main() -> None:
                 for what in WHAT:
                     if what != "open":
                         cells.measure(f"{what}; {rows}; {k}", lambda what=what, path=path: apart(what, path))
+        for rows in (10**5, 10**6, 10**7):
+            if f"narrow epoch; {rows}; {arguments.repeats - 1}" not in cells.content["cells"]:
+                path = Path(folder) / f"narrow{rows}"
+                sp.simulate(narrow, rows, 1, path, progress=silent)
+                for k in range(arguments.repeats):
+                    cells.measure(f"narrow epoch; {rows}; {k}", lambda path=path: apart("epoch", path))
         if "open; 0" not in cells.content["cells"]:
             very_large(Path(folder) / "large")
             for k in range(arguments.repeats):
@@ -175,6 +188,9 @@ def main() -> None:
         print(table(lines, [f"{rows} rows of 1 kB, budget {BUDGET_MB} MB", "rows/s", "ours over it", "peak RSS, MB"]), "\n")
         whole = [[what, mid(f"{what}; {rows}", "gb_per_s"), mid(f"{what}; {rows}", "rss_mb")] for what in ("verify", "pack", "plain file")]
         print(table(whole, ["", "GB/s", "peak RSS, MB"]), "\n")
+    lines = [[f"{rows:.0e}", 1e6 / mid(f"narrow epoch; {rows}", "rows_per_s"), mid(f"narrow epoch; {rows}", "rss_mb")]
+             for rows in (10**5, 10**6, 10**7)]
+    print(table(lines, ["rows of 100 bytes, shuffled epoch", "us a row", "peak RSS, MB"]), "\n")
     print(f"opening a bank of 10^8 rows in {mid('open', 'segments'):.0f} segments: {mid('open', 'seconds'):.2f} s")
 
 

@@ -180,6 +180,8 @@ def bank_verify(
     repair: Annotated[bool, typer.Option("--repair", help="Set damaged segments aside and simulate what is missing.")] = False,
     simulator: Annotated[str | None, typer.Option(help="The bank's simulator, for --repair, where it is not installed.")] = None,
     workers: Annotated[int | None, typer.Option(help="Local processes for --repair.")] = None,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds a row may take, for --repair: as the bank was made.")] = None,
+    isolate: Annotated[bool, typer.Option(help="Run the simulator in child processes, for --repair.")] = True,
     as_json: Json = False,
 ) -> None:
     """Read every byte of a bank and hold it against its hashes; exit 2 where something is wrong."""
@@ -189,7 +191,7 @@ def bank_verify(
     from sbiplat.progress import Progress
 
     if repair:
-        opened, mended = care.repair(bank, simulator, workers=workers)
+        opened, mended = care.repair(bank, simulator, workers=workers, time_limit=time_limit, isolate=isolate)
         lines = [*(f"mended: {p}" for p in mended), f"{bank}: all {opened.rows} rows are there; digest {opened.digest}"]
         show(as_json, {"mended": [str(p) for p in mended], "digest": opened.digest}, "\n".join(lines))
         return

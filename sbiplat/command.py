@@ -39,10 +39,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbiplat.errors import SimulatorError
+from sbiplat.observation import ObservationSpec
 from sbiplat.prior import Prior
 from sbiplat.simulator import Simulator, simulator
 
 _SEED = "seed"
+MOST_OUTPUT = 2**28
 
 
 class CommandError(RuntimeError):
@@ -62,6 +64,7 @@ class Command:
     environment: Mapping[str, str]
     exit_codes: tuple[int, ...]
     program: Path
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def source_parts(self) -> tuple[Any, ...]:
@@ -78,15 +81,15 @@ class Command:
             for name, text in self.inputs.items():
                 (folder / name).write_text(_filled(text, values), encoding="utf-8")
             stdout = self._run(folder, [str(self.program), *(_filled(word, values) for word in self.words[1:])])
-            x = {name: _read(where, folder, stdout) for name, where in self.outputs.items()}
+            x = {name: _shaped(_read(where, folder, stdout), self.shapes.get(name, ())) for name, where in self.outputs.items()}
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         return x["x"] if self.plain else x
 
     def _run(self, folder: Path, words: list[str]) -> bytes:
-        with tempfile.TemporaryFile() as errors:
+        with tempfile.TemporaryFile() as errors, tempfile.TemporaryFile() as output:  # files: what it leaves running may hold them open
             done = subprocess.run(
-                words, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, check=False,
+                words, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, check=False,
                 env={**os.environ, **self.environment}, preexec_fn=_end_with_parent if sys.platform == "linux" else None,
             )
             if done.returncode not in self.exit_codes:
@@ -95,7 +98,10 @@ class Command:
                 code = done.returncode
                 how = f"exit status {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
                 raise CommandError(f"{self.words[0]} failed ({how})" + (f": {said[-1][:200]}" if said else ""))
-            return done.stdout
+            if output.seek(0, os.SEEK_END) > MOST_OUTPUT:
+                raise CommandError(f"{self.words[0]} wrote more than {MOST_OUTPUT / 1e6:.0f} MB to its standard output")
+            output.seek(0)
+            return output.read()
 
 
 def command_simulator(
@@ -114,11 +120,13 @@ def command_simulator(
         prior = Prior(prior)
     if isinstance(command, str) or not command or not all(isinstance(w, str) for w in command):
         raise SimulatorError(f"command simulator {name!r}: give the command as a list of words, such as ['./program', '{{a}}']")
+    if _SEED in prior.names:
+        raise SimulatorError(f"command simulator {name!r}: no parameter may be called seed, which stands for the row's own; rename it")
     here = sys._getframe(1).f_globals.get("__file__")
     base = Path(folder or (Path(here).parent if here else ".")).resolve()
     plain = isinstance(output, str)
     outputs = {"x": str(output)} if plain else {str(k): str(v) for k, v in dict(output).items()}
-    linked = {Path(f).name: (base / f).resolve() for f in files}
+    linked = {Path(f).name: Path(os.path.abspath(base / f)) for f in files}
     program = _program(command[0], base, name)
     for place in linked.values():
         if not place.is_file():
@@ -127,17 +135,21 @@ def command_simulator(
     for place in (*templates, *(o.partition(":/")[0] for o in outputs.values())):
         if place != "stdout" and (Path(place).is_absolute() or ".." in Path(place).parts or Path(place).name != place):
             raise SimulatorError(f"command simulator {name!r}: {place!r} must be the name of a file in the working folder")
+    taken = [*templates, *(Path(f).name for f in files), *{o.partition(":/")[0] for o in outputs.values()}]
+    for twice in {n for n in taken if taken.count(n) > 1 and n != "stdout"}:
+        raise SimulatorError(f"command simulator {name!r}: {twice!r} stands for two of the files, inputs and outputs; rename one")
     for text in (*command[1:], *templates.values()):
         _check_template(text, prior.names, name)
     made = Command(
         tuple(command), prior.names, templates, outputs, plain, linked, dict(environment or {}), tuple(int(c) for c in exit_codes), program,
-        {k: hashlib.sha256(p.read_bytes()).hexdigest() for k, p in {"program": program, **linked}.items()},
+        dict(ObservationSpec.declare(declared.get("signal_shape") or x_shape).shapes),
+        {k: hashlib.sha256(p.read_bytes()).hexdigest() for k, p in (("program", program), *((f"file/{n}", p) for n, p in linked.items()))},
     )
     return simulator(prior=prior, x_shape=x_shape, name=name, summary=summary or f"The program {Path(command[0]).name}.", **declared)(made)
 
 
 def _program(word: str, base: Path, name: str) -> Path:
-    found = (base / word).resolve() if "/" in word else shutil.which(word)
+    found = os.path.abspath(base / word) if "/" in word else shutil.which(word)  # not through links: a link may be what it goes by
     if found is None or not Path(found).is_file():
         raise SimulatorError(f"command simulator {name!r}: there is no program {found or word}; compile it first, or give folder=")
     if not os.access(found, os.X_OK):
@@ -206,6 +218,13 @@ def _numbers(text: str, what: str) -> NDArray[np.float64]:
     except ValueError as error:
         raise CommandError(f"{what}: {error}") from None
     return table[0, 0] if table.size == 1 else table.reshape(-1) if 1 in table.shape else table
+
+
+def _shaped(value: Any, shape: tuple[int, ...]) -> Any:
+    """The value with the declared shape's axes of length 1, which text cannot show."""
+    array = np.asarray(value)
+    same = [s for s in array.shape if s != 1] == [s for s in shape if s != 1]
+    return array.reshape(shape) if same else array
 
 
 def _is_number(word: str) -> bool:

@@ -50,6 +50,7 @@ def sync_directory(path: Path) -> None:
 
 
 LOCK_SECONDS = 3.0
+_locks: set[int] = set()
 
 
 @contextmanager
@@ -61,6 +62,7 @@ def locked(folder: Path, busy: UserError) -> Iterator[None]:
     with disk_errors(folder / "lock"):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    _locks.add(handle)
     try:
         end = time.monotonic() + LOCK_SECONDS
         while not _try_lock(handle):
@@ -69,7 +71,15 @@ def locked(folder: Path, busy: UserError) -> Iterator[None]:
             time.sleep(0.05)
         yield
     finally:
+        _locks.discard(handle)
         os.close(handle)
+
+
+def let_go_of_locks() -> None:
+    """In a forked process: what it leaves running shall not hold its parent's locks."""
+    for handle in _locks:
+        os.close(handle)
+    _locks.clear()
 
 
 def _try_lock(handle: int) -> bool:

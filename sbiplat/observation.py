@@ -203,6 +203,8 @@ def _axis(axis: Any, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, tuple[
 
 def _real(value: Any, name: str) -> NDArray[Any]:
     try:
+        if isinstance(value, np.ma.MaskedArray):  # what is masked is not known
+            value = value.astype(float).filled(np.nan)
         array = np.asarray(value)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ObservationError(f"{name} is not an array of numbers: {error}") from None

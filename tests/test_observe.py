@@ -70,6 +70,7 @@ def test_noise_is_fresh_every_epoch_and_fixed_for_validation(bank, tmp_path, mon
     train(bank, tmp_path / "run", simulator(spy), max_epochs=3)
     batches = [s for s in seen if s[0] == 64]
     assert len(batches) > 60
+    seen = [s for s in seen if s[0] > 8]  # less the check of its contract
     assert len({s[2] for s in seen}) == len(seen), "no noise is used twice"
     assert sum(s[0] == 125 for s in seen) == 1, "the validation rows are observed once"
 
@@ -160,7 +161,7 @@ def test_signals_are_never_taken_for_observations(bank, tmp_path, monkeypatch):
         with pytest.raises(SimulatorError, match="no simulator is registered here as"):
             sp.train(bank.path, out=tmp_path / "run", progress=silent, **SMALL)
     bare = simulator(None)
-    with pytest.raises(SimulatorError, match="has no observe now"):
+    with pytest.raises(sp.UserError, match="holds signals, and the simulator has no observe now"):
         sp.train(bank, out=tmp_path / "run", simulator=bare, progress=silent, **SMALL)
     assert not (tmp_path / "run").exists()
 
@@ -212,3 +213,21 @@ n = 100
     assert done.returncode == 0, done.stderr
     again = sbiplat("run", "w.toml")
     assert again.stderr.count("skipped") == 5, again.stderr
+
+
+def test_a_bank_of_x_does_not_become_one_of_signals(tmp_path):
+    bank = sp.simulate(simulator(None), 600, 1, tmp_path / "b", workers=1, progress=silent)
+    with pytest.raises(sp.UserError, match="holds x itself, and the simulator has an observe now"):
+        sp.simulate(simulator(), 700, 1, bank.path, workers=1, progress=silent)
+    with pytest.raises(SimulatorError, match="was made without one"):
+        train(bank, tmp_path / "run", simulator())
+    assert not sp.Bank.open(bank.path).header.signals
+
+
+def test_a_noise_that_ignores_its_generator_is_told_by_train_and_gate(bank, run, tmp_path, monkeypatch):
+    def ignores(signal, theta, rng):
+        return signal + torch.randn(signal.shape)
+
+    with pytest.raises(SimulatorError, match="draw all randomness from it"):
+        train(bank, tmp_path / "run", simulator(ignores))
+    assert not (tmp_path / "run").exists()

@@ -171,7 +171,12 @@ class Bank:
         return out
 
     def _slab_into(self, part: Opened, first: int, stop: int, out: dict[str, NDArray[Any]], at: int) -> None:
-        with part.segment.path.open("rb", buffering=0) as file:
+        try:
+            file = part.segment.path.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise BankError(f"{part.segment.path} has gone since the bank was opened (bank compact moves rows); run the same command again"
+                            ) from None
+        with file:
             for name, values in out.items():
                 target = values[at:at + stop - first].reshape(-1).view(np.uint8)
                 file.seek(part.offsets[name] + (first - part.segment.first) * len(target) // (stop - first))
@@ -192,7 +197,7 @@ class Bank:
         """
         total = hashlib.sha256(files.canonical({n: [list(s), str(d)] for n, (s, d) in row_shapes(self.header).items()}))
         for first, stop, stored in self._block_digests():
-            total.update(stored if stored is not None else self._block_digest(first, stop))
+            total.update(stored if stored is not None else self.digest_of_rows(first, stop))
         return total.hexdigest()
 
     def _block_digests(self) -> Iterator[tuple[int, int, bytes | None]]:
@@ -208,7 +213,8 @@ class Bank:
             stop = min(first + size, self.rows)
             yield first, stop, stored.get((first, stop))
 
-    def _block_digest(self, first: int, stop: int) -> bytes:
+    def digest_of_rows(self, first: int, stop: int) -> bytes:
+        """SHA-256 of rows of one block, from the data."""
         return self._digest_of(self.read(first, stop))
 
     def _digest_of(self, data: dict[str, NDArray[Any]]) -> bytes:

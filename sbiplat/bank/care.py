@@ -86,23 +86,35 @@ def repair(
     names. Raises BankError where the rows that are made are not those that stood there.
     """
     path, progress = Path(path), progress or Progress.auto()
+    _refuse_packed(path, "repaired")
     header = read_header(path)
     made = simulator_of(header, path, simulator, f"sbiplat bank verify {path} --repair")
     with files.locked(path, BankError(f"another process is filling {path}; wait for it, or stop it first")):
-        remembered = index.read(path / "bank.h5", header)
         found = survey(path, progress)
         for bad in found.bad:
             _set_aside(bad)
+        before = path / "bank.h5.before-repair"  # stays until the new rows have been held against it
+        if not before.exists() and (path / "bank.h5").exists():
+            (path / "bank.h5").rename(before)
         (path / "bank.h5").unlink(missing_ok=True)  # it would vouch for the new files with the old hashes
+        remembered = index.read(before, header)
     bank = fill.simulate(made, header.rows, header.seed, path, workers=workers, block_size=header.block_size, checked=False,
                          progress=progress, **limits)
     now = dict(span for item in bank.segments for span in _hashes(header, item))
     for (first, stop, _), (_, hashes) in remembered.items():
-        for span, digest in _hashes(header, Opened(Segment(path, first, stop), {}, hashes)):
-            if now.get(span, digest) != digest:
-                raise BankError(f"rows {span[0]} to {span[1] - 1} of {path} came out otherwise than they stood there before: simulator "
-                                f"{made.name!r}, or a library that it uses, has changed; the damaged files are kept beside them")
+        for (a, b), digest in _hashes(header, Opened(Segment(path, first, stop), {}, hashes)):
+            fresh = now.get((a, b)) or (bank.digest_of_rows(a, b) if b <= bank.rows else digest)
+            if fresh != digest:
+                raise BankError(f"rows {a} to {b - 1} of {path} came out otherwise than they stood there before: simulator "
+                                f"{made.name!r}, or a library or file that it uses, has changed; the damaged files are kept beside them "
+                                f"(to accept the new rows, delete {before})")
+    before.unlink(missing_ok=True)
     return bank, found.problems
+
+
+def _refuse_packed(path: Path, what: str) -> None:
+    if path.is_file():
+        raise BankError(f"{path} is a packed bank, which cannot be {what}; mend the bank's directory and pack it again")
 
 
 def _set_aside(path: Path) -> None:
@@ -116,6 +128,7 @@ def _set_aside(path: Path) -> None:
 def compact(path: str | Path, progress: Progress = silent) -> Bank:
     """Merge small neighbouring segments into ones of about 64 MB; the digest stays."""
     path = Path(path)
+    _refuse_packed(path, "compacted")
     with files.locked(path, BankError(f"another process is filling {path}; wait for it, or stop it first")):
         bank = Bank.open(path)
         header = bank.header

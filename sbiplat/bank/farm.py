@@ -131,6 +131,8 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
+        with suppress(Exception):
+            _end_runner()
         os._exit(1)
 
 

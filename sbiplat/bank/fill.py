@@ -20,7 +20,7 @@ from sbiplat import files
 from sbiplat.bank import farm, index
 from sbiplat.bank.bank import Bank, read_header
 from sbiplat.bank.farm import one_fate, together
-from sbiplat.bank.layout import STATUS, Header
+from sbiplat.bank.layout import STATUS, Header, row_bytes
 from sbiplat.bank.sandbox import Limits, check_apart
 from sbiplat.bank.segment import Opened
 from sbiplat.errors import BankError, SettingError
@@ -28,6 +28,8 @@ from sbiplat.progress import Progress, silent
 from sbiplat.settings import build
 from sbiplat.signals import Interrupted, Stopped
 from sbiplat.simulator import Simulator, check, resolve
+
+MOST_BLOCK_BYTES = 2**31
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ def simulate(
         optional = name in ("workers", "block_size") and value is None
         if not optional and (isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62):
             raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if block_size is not None and block_size > 2**31:
+        raise SettingError(f"block_size must be at most 2^31, got {block_size!r}")
     limits = build(Limits, {"time_limit": time_limit, "recycle": recycle, "isolate": isolate,
                             "ranks_per_simulation": ranks_per_simulation})
     progress = progress or Progress.auto()
@@ -152,6 +156,10 @@ def _same_code(comm: Any, order: _Order, header: Header) -> None:
 def _refuse(order: _Order) -> None:
     """Refuse a place that is no bank's, and a simulator that breaks its contract, before anything is made."""
     out = order.out
+    header = Header.of(order.simulator, order.seed, order.n, order.block_size)
+    if order.simulator.batched and header.block_size * row_bytes(header) > MOST_BLOCK_BYTES:
+        size = header.block_size * row_bytes(header) / 1e9
+        raise SettingError(f"a block of {header.block_size} rows takes {size:.3g} GB; give a smaller --block-size")
     farm.check_ranks(farm.mpi_world(), order.simulator, order.limits.ranks_per_simulation)
     if out.exists() and not out.is_dir():
         raise BankError(f"{out} is a file, and a bank grows in a directory (a packed one cannot be extended); "

@@ -71,7 +71,7 @@ class Header:
             "format_version": FORMAT_VERSION, "simulator": self.simulator["name"],
             "source_digest": self.simulator["source_digest"], "batched": self.batched, "prior": self.prior.to_json(),
             "x": {k: v for k, v in self.x.to_json().items() if k in ("shapes", "plain", "dtype")},
-            "seed": self.seed, "block_size": self.block_size,
+            "seed": self.seed, "block_size": self.block_size, **({"signals": True} if self.signals else {}),
         }
 
     @property
@@ -114,6 +114,9 @@ class Header:
 
     def check_same(self, other: Header, where: Path) -> None:
         """Refuse to add rows of `other` to the bank of this header, saying what differs and the mend."""
+        if self.signals != other.signals:
+            what = "signals, and the simulator has no observe now" if self.signals else "x itself, and the simulator has an observe now"
+            raise BankError(f"{where} holds {what}; give the new bank another --out")
         mine, theirs = self.identity(), other.identity()
         mends = {
             "simulator": "give the bank another --out",

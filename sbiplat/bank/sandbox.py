@@ -32,6 +32,7 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from sbiplat import files
 from sbiplat.bank.layout import MISSING, STATUS, Header, default_rows_per_segment, pieces, streams
 from sbiplat.bank.segment import Rows
 from sbiplat.errors import SimulatorError
@@ -39,6 +40,7 @@ from sbiplat.settings import setting
 from sbiplat.signals import Interrupted, Signals
 from sbiplat.simulator import Simulator, check
 
+ENDING_SECONDS = 0.3  # that a process which has closed its pipe may take to end
 LOOK_SECONDS = 0.5  # how often a child's death is looked for where its pipe does not tell
 ASKED_TO_STOP = 75  # exit code of a child that had a signal
 GRACE_SECONDS = {-signal.SIGKILL: 0.05, ASKED_TO_STOP: 1.0}  # by exit code: what ends the whole job may reach the child before its owner
@@ -51,7 +53,7 @@ OUTPUT_BYTES = 2**20
 class Limits:
     """How a simulator is run; none of it changes a row that succeeds. A call is a row, or a block where it is batched."""
 
-    time_limit: float | None = setting(None, "seconds a call may take; later its rows are marked timed-out", low=1e-3)
+    time_limit: float | None = setting(None, "seconds a call may take; later its rows are marked timed-out", low=1e-3, high=1e7)
     recycle: int | None = setting(None, "blocks after which a simulator's process is replaced", low=1)
     isolate: bool = setting(True, "run the simulator in a child process")
     ranks_per_simulation: int = setting(1, "MPI ranks that simulate one row together", low=1)
@@ -85,7 +87,7 @@ def simulate_into(simulator: Simulator, header: Header, into: Rows, first: int, 
 
     on_row(row, done): called before (done = row) and after each call. on_message(row, text): what a row raised.
     """
-    start, end = first - into.first, stop - into.first
+    start, end, here = first - into.first, stop - into.first, os.getpid()
     rngs = streams(header, first, stop)
     into.theta[start:end] = simulator.prior.sample(rngs[0], stop - first) if simulator.batched else simulator.prior.sample_each(rngs)
     calls = [(slice(start, end), rngs[0], (stop - first,))] if simulator.batched else [(start + i, rng, ()) for i, rng in enumerate(rngs)]
@@ -95,7 +97,12 @@ def simulate_into(simulator: Simulator, header: Header, into: Rows, first: int, 
         began = time.perf_counter()
         status = STATUS["ok"]
         try:
-            x = simulator.conform(simulator(into.theta[where].copy(), rng), lead)
+            try:
+                made = simulator(into.theta[where].copy(), rng)
+            finally:
+                if os.getpid() != here:  # a process that the simulator forked, and that has strayed out of it
+                    os._exit(0)
+            x = simulator.conform(made, lead)
             for name, values in x.items():
                 into.x[name][where] = values
         except (Exception, SystemExit) as error:  # the user's own code: anything may come
@@ -139,12 +146,18 @@ class Direct:
         first, stop = self._pieces[0]
 
         def on_row(row: int, done: int) -> None:
+            if self._signals.requested and not self._whole_rows:  # the simulator may have swallowed it: this row does not count
+                raise Interrupted
             self.done = done
-            if self._whole_rows and self._signals.requested:
+            if self._signals.requested:
                 raise Interrupted
 
-        with nullcontext() if self._whole_rows else self._signals.interruptible():
-            simulate_into(self._simulator, self._header, self._rows, first, stop, on_row, self._rows.messages.__setitem__)
+        folder = os.getcwd()
+        try:
+            with nullcontext() if self._whole_rows else self._signals.interruptible():
+                simulate_into(self._simulator, self._header, self._rows, first, stop, on_row, self._rows.messages.__setitem__)
+        finally:
+            os.chdir(folder)  # a simulator may have gone elsewhere
         self._pieces = self._pieces[1:]
         return not self._pieces
 
@@ -166,7 +179,7 @@ class Sandbox:
 
     def __init__(self, simulator: Simulator, header: Header, limits: Limits, signals: Signals) -> None:
         self._simulator, self._header, self._limits, self._signals = simulator, header, limits, signals
-        self._memory = _SharedRows(header, default_rows_per_segment(header))
+        self._memory = _SharedRows(header, min(default_rows_per_segment(header), header.stored_rows))
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the sandbox
         self._scratch = tempfile.TemporaryDirectory(prefix="sbiplat-", ignore_cleanup_errors=True)
         self._child: Child | None = None
@@ -221,16 +234,25 @@ class Sandbox:
 
     def _died(self) -> bool:
         """The child has ended on its own: its row is tried once more, and then marked."""
+        assert self._child is not None
+        end = time.monotonic() + ENDING_SECONDS
+        while not (ended := self._child.has_ended()) and time.monotonic() < end:
+            time.sleep(0.01)
+        self._child.kill()  # with the programs that it started
         code, row = self._wait(), self.done
+        how = _end_of(code) if ended else "it closed the pipe to its worker"
         with self._signals.interruptible():
             time.sleep(GRACE_SECONDS.get(code, 0.0))
         self._deaths[row] += 1
         if self._deaths[row] < TRIES:
             return self._resume(row)
-        return self._mark(STATUS["crashed"], f"the simulator ended its process ({_end_of(code)}){_last_line(self._output)}")
+        return self._mark(STATUS["crashed"], f"the simulator ended its process ({how}){_last_line(self._output)}")
 
     def _late(self) -> bool:
         self._kill()
+        if self._memory.again[0]:
+            raise SimulatorError(f"simulator {self._simulator.name!r} took longer than its time limit when a row was run again: it keeps "
+                                 "a memory of its own; keep nothing between calls")
         if self._time_left() > 0:  # it was done in the last moment, and another call had begun
             return self._resume(self.done)
         return self._mark(STATUS["timed-out"], f"took longer than the time limit of {self._limits.time_limit:g} s")
@@ -263,7 +285,7 @@ class Sandbox:
     # -------------------------------------------------------------------------------------------------- the child
 
     def _order(self, first: int) -> None:
-        self._memory.since[0] = 0.0
+        self._memory.since[0], self._memory.again[0] = 0.0, 0
         if self._child is None:
             self._fork()
         assert self._child is not None
@@ -335,6 +357,7 @@ def fork(work: Callable[[Connection], None], output: int) -> Child:
 def _be_child(work: Callable[[Connection], None], pipe: Connection, output: int, owner: int, mask: set[signal.Signals]) -> NoReturn:
     code = 1
     try:
+        files.let_go_of_locks()
         _settle(owner, output)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         work(pipe)
@@ -369,6 +392,7 @@ def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> No
     With a time limit a call: where the check takes longer than all its calls may, it is broken off, and says nothing.
     """
     def work(pipe: Connection) -> None:
+        os.environ["SBIPLAT_SCRATCH"] = scratch
         try:
             check(simulator, rows)
         except SimulatorError as error:
@@ -376,13 +400,15 @@ def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> No
         else:
             pipe.send("")
 
-    with tempfile.TemporaryFile() as output:
+    folder = tempfile.TemporaryDirectory(prefix="sbiplat-", ignore_cleanup_errors=True)
+    with tempfile.TemporaryFile() as output, folder as scratch:
         child = fork(work, output.fileno())
         try:
             if not child.pipe.poll(None if time_limit is None else 2 * rows * time_limit):
                 return
             found = child.pipe.recv()
         except (EOFError, OSError):
+            child.kill()
             found = (f"simulator {simulator.name!r} ended its process in one of its first rows ({_end_of(child.wait())})"
                      f"{_last_line(output)}; mend it, or have such rows marked with --no-check")
         finally:
@@ -394,11 +420,13 @@ def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> No
 
 
 class _SharedRows:
-    """Rows in memory that owner and children share. done: the row under way; since: when its call began, 0 between calls."""
+    """Rows in memory that owner and children share. done: the row under way; since: when its call began, 0 between calls; again: whether
+    a row is being run once more."""
 
     def __init__(self, header: Header, count: int) -> None:
         parts: dict[str, tuple[tuple[int, ...], Any]] = {
-            "done": ((1,), np.int64), "since": ((1,), np.float64), "theta": ((count, header.prior.dim), np.float64),
+            "done": ((1,), np.int64), "again": ((1,), np.int64), "since": ((1,), np.float64),
+            "theta": ((count, header.prior.dim), np.float64),
             **{f"x/{k}": ((count, *shape), np.dtype(header.x.dtype)) for k, shape in header.x.shapes.items()},
             "seconds": ((count,), np.float32), "status": ((count,), np.uint8),
         }
@@ -409,7 +437,7 @@ class _SharedRows:
         for name, (shape, dtype) in parts.items():
             arrays[name] = np.frombuffer(memory, dtype, math.prod(shape), offset).reshape(shape)
             offset += sizes[name]
-        self.done, self.since = arrays["done"], arrays["since"]
+        self.done, self.since, self.again = arrays["done"], arrays["since"], arrays["again"]
         self.rows = Rows(0, arrays["theta"], {k: arrays[f"x/{k}"] for k in header.x.shapes}, arrays["status"], arrays["seconds"])
 
 
@@ -466,7 +494,10 @@ def _serve(box: Sandbox, pipe: Connection) -> None:
                 pipe.send(("recycle", a, ""))
                 return
             simulate_into(simulator, header, rows, a, b, on_row, on_message)
-            if blocks == 0 and not _same_again(simulator, header, rows, a, b):
+            memory.again[0], memory.since[0] = 1, time.monotonic()
+            same = blocks > 0 or _same_again(simulator, header, rows, a, b)
+            memory.again[0], memory.since[0] = 0, 0.0
+            if not same:
                 pipe.send(("breach", a, f"simulator {simulator.name!r} gave another x when row {a} was run again: it uses randomness or "
                                         "memory of its own; draw all randomness from its rng, and keep nothing between calls"))
                 return

@@ -149,7 +149,8 @@ def write(path: Path, header: Header, rows: Rows) -> None:
         shown = list(rows.messages.items())[:_MAX_MESSAGES]
         if shown:
             file["failures/row"] = np.array([row for row, _ in shown], np.int64)
-            file["failures/message"] = np.array([text.encode()[:_MESSAGE_BYTES] for _, text in shown], f"S{_MESSAGE_BYTES}")
+            texts = [text.encode(errors="replace")[:_MESSAGE_BYTES].decode(errors="ignore").encode() for _, text in shown]
+            file["failures/message"] = np.array(texts, f"S{_MESSAGE_BYTES}")
 
 
 @dataclass(frozen=True)

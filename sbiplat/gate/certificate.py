@@ -26,7 +26,7 @@ from sbiplat.diagnostics.held_out import HeldOutFigures, held_out_figures
 from sbiplat.errors import RunError, Uncertified
 from sbiplat.gate.criteria import NOT_TESTED, Criteria, Criterion, decide
 from sbiplat.nets import embeddings
-from sbiplat.observe import Observe
+from sbiplat.observe import Observe, check_observe
 from sbiplat.posteriors.base import Posterior
 from sbiplat.posteriors.direct import from_run
 from sbiplat.progress import Progress
@@ -150,6 +150,8 @@ def gate(
         raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
     pairs, training = _pairs(run, source, criteria.pairs, seed)
     if observe:
+        some = take(pairs, slice(8))
+        check_observe(observe, some["x"], some["parameters"])
         pairs, training = (_observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
     figures = held_out_figures(from_run(run, device), pairs, training, criteria.draws, seed, progress)
     certificate = _certify(run, source, criteria, figures, seed, time.monotonic() - start)

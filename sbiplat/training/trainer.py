@@ -38,7 +38,7 @@ from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
 from sbiplat.estimators.base import Architecture, Estimator, find
 from sbiplat.nets import embeddings
-from sbiplat.observe import Observe
+from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
 from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
 from sbiplat.settings import build as build_settings
@@ -75,7 +75,8 @@ class TrainSettings:
     held_out: float | None = setting(
         None, "share of rows kept for the gate, which training never sees; by default a tenth, of a small bank up to a fifth for 500 rows",
         low=0.001, high=0.5)
-    held_out_most: int = setting(5000, "at most so many rows for each of the two", low=10)
+    held_out_most: int | None = setting(
+        None, "at most so many rows for each of the two; by default 5000, fewer where they would take over an eighth of memory_mb", low=10)
     memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
     threads: int = setting(1, "torch threads", low=1, high=1024)
     device: str = setting("cpu", "cpu, cuda or cuda:K")
@@ -109,6 +110,9 @@ def train(
     out = Path(out)
     apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
     record = _record(bank, architecture, training, seed, apart, observe, out)
+    if observe:
+        some = take(pairs_at(bank, apart.validation[:8]), slice(8))
+        check_observe(observe, some["x"], some["parameters"])
     if not (out / "run.json").exists():
         _check_new(bank, architecture, seed, apart, out, progress)
     elif (run := _same(record, out)).finished:
@@ -130,6 +134,8 @@ def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
         values["learning_rate"] = min(5e-3, 3e-3 * math.sqrt(values["batch_size"] / 256))
     if settings.max_epochs is None:
         values["max_epochs"] = min(200, max(10, round(4000 * values["batch_size"] / bank.rows)))
+    if settings.held_out_most is None:
+        values["held_out_most"] = min(5000, max(1000, int(settings.memory_mb * 2**17) // bank.header.x.row_bytes))
     if settings.held_out is None:
         values["held_out"] = min(0.2, max(0.1, HELD_OUT_LEAST / max(1, int((bank.status == STATUS["ok"]).sum()))))
     try:
@@ -462,11 +468,11 @@ def _noise_seed(seed: int, epoch: int, step: int) -> int:
 def observe_of(bank: Bank, simulator: Simulator | str | None, command: str) -> Observe | None:
     """What makes x of the bank's rows, None where they are x; raises SimulatorError where a bank of signals has lost it."""
     if not bank.header.signals:
+        if isinstance(simulator, Simulator) and simulator.observe is not None:
+            raise SimulatorError(f"simulator {simulator.name!r} has an observe, and the bank {bank.path} was made without one: it holds x "
+                                 "itself; simulate again into another --out")
         return None
-    made = simulator_of(bank.header, bank.path, simulator, command)
-    if made.observe is None:
-        raise SimulatorError(f"the bank {bank.path} holds signals, and simulator {made.name!r} has no observe now to make x of them")
-    return made.observe
+    return simulator_of(bank.header, bank.path, simulator, command).observe
 
 
 def _optimizers(estimator: Estimator, settings: TrainSettings) -> list[torch.optim.Optimizer]:

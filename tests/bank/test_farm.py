@@ -341,7 +341,7 @@ def test_a_simulator_that_swallows_everything_still_stops(direct, tmp_path):
         return theta
 
     swallowing = sp.simulator(prior=PRIOR, x_shape=(2,), name="stubborn")(stubborn)
-    with pytest.raises(Stopped, match=f"{128 if direct else 68} of 1000 rows are kept"):
+    with pytest.raises(Stopped, match=f"{69 if direct else 68} of 1000 rows are kept"):
         simulate(swallowing, 1000, 1, tmp_path / "b", workers=1, checked=False, isolate=not direct, progress=silent)
 
 

@@ -183,6 +183,23 @@ def test_a_dataset_of_another_form_is_refused_with_both_forms(name, made, why, b
     assert why in told(bank)
 
 
+@pytest.mark.parametrize("shape", [(10**15,), (2**40, 2**20), (512, 10**12)])
+def test_a_gigantic_declared_shape_allocates_nothing(shape, bank):
+    with h5py.File(first_segment(bank), "r+") as file:
+        del file["x"]
+        file.create_dataset("x", shape, "f4")
+    assert "x is float32" in told(bank)
+
+
+def test_groups_that_hold_themselves_do_not_hang(bank, sound):
+    with h5py.File(first_segment(bank), "r+") as file:
+        file["loop"] = file["/"]
+        file["failures"] = file["/"]
+    assert Bank.open(bank).digest == sound.digest
+    assert not care.survey(bank).problems
+    assert Bank.open(bank).info()["rows"] == 1024
+
+
 @pytest.mark.parametrize(("attribute", "value"),
                          [("bank_uid", [1, 2]), ("first_row", "a"), ("first_row", [1, 2]), ("first_row", np.inf)])
 def test_attributes_of_another_type_are_refused(attribute, value, bank):
@@ -350,6 +367,40 @@ def test_repair_tells_when_the_simulator_makes_other_rows_now(sound, tmp_path):
     object.__setattr__(moved, "source_digest", model.source_digest)
     with pytest.raises(BankError, match="came out otherwise"):
         care.repair(tmp_path / "b", moved, workers=1, progress=silent)
+
+
+@pytest.mark.parametrize("workers", [(1, 3), (3, 1)])
+def test_repair_tells_it_however_the_rows_were_cut_and_however_often_it_is_asked(workers, tmp_path, monkeypatch):
+    shift = [0.0]
+
+    def shifted(theta, rng):
+        return theta[0] + shift[0] + rng.standard_normal(8)
+
+    made = sp.simulator(prior=model.prior, x_shape=(8,), name="shifted")(shifted)
+    monkeypatch.setattr(sp.Simulator, "source_digest", lambda self: "0" * 64)
+    bank = simulate(made, 64, 1, tmp_path / "b", workers=workers[0], progress=silent)
+    first_segment(bank.path).unlink()
+    shift[0] = 1.0
+    for _ in range(2):
+        with pytest.raises(BankError, match="came out otherwise"):
+            care.repair(bank.path, made, workers=workers[1], progress=silent)
+    (bank.path / "bank.h5.before-repair").unlink()
+    assert care.repair(bank.path, made, workers=1, progress=silent)[0].complete
+
+
+def test_a_packed_bank_is_neither_mended_nor_compacted_and_says_so(sound, tmp_path):
+    packed = sound.pack(tmp_path / "b.h5")
+    for does in (care.compact, care.repair):
+        with pytest.raises(BankError, match="packed bank"):
+            does(packed)
+
+
+def test_a_segment_that_was_compacted_away_is_one_line(tmp_path):
+    for n in (128, 256):
+        bank = simulate(model, n, 1, tmp_path / "b", workers=1, block_size=128, progress=silent)
+    care.compact(tmp_path / "b")
+    with pytest.raises(BankError, match="has gone since the bank was opened"):
+        bank.read(0, 200)
 
 
 def test_repair_never_runs_code_that_the_bank_names(sound, tmp_path):

@@ -264,3 +264,134 @@ def test_info_says_where_in_theta_rows_fail(tmp_path):
 def test_a_look_at_a_large_bank_is_bounded(whole, monkeypatch):
     monkeypatch.setattr("sbiplat.bank.sight.MOST_ROWS", 50)
     assert len(look(whole).status) == 50
+
+
+# ------------------------------------------------------------------------------- processes, pipes, locks and streams of its own
+
+
+@pytest.mark.parametrize("stray", [lambda: 1 / 0, lambda: sys.exit(0), lambda: None, lambda: (_ for _ in ()).throw(KeyboardInterrupt)],
+                         ids=["raises", "exits", "returns", "interrupt"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_forked_process_that_strays_out_of_the_call_changes_nothing(stray, workers, whole, tmp_path):
+    def fate():
+        child = os.fork()
+        if child == 0:
+            stray()
+        else:
+            os.waitpid(child, 0)
+
+    bank = fill(broken(fate), 200, tmp_path / "b", workers=workers)
+    np.testing.assert_array_equal(bank.x, whole.x)
+    assert bank.status_counts()["ok"] == 200
+
+
+def test_a_signal_that_the_simulator_swallows_leaves_no_row_behind(tmp_path):
+    """Here, without a child: the stop is raised inside the simulator, which answers with a wrong x."""
+    def bare(theta, rng):
+        try:
+            if theta[0] < 0.05 and not (tmp_path / "once").exists():
+                (tmp_path / "once").touch()
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.1)
+        except BaseException:
+            return np.full(3, -99.0)
+        return sound(theta, rng)
+
+    simulator = sp.simulator(prior=PRIOR, x_shape=(3,), name="bare")(bare)
+    with pytest.raises(sp.UserError, match="rows are kept"):
+        fill(simulator, 200, tmp_path / "b", isolate=False)
+    assert (fill(simulator, 200, tmp_path / "b", isolate=False).x > -50).all()
+
+
+def test_a_closed_pipe_is_a_crash_of_its_row(whole, tmp_path):
+    def fate():
+        os.closerange(3, 256)
+        time.sleep(30)
+
+    bank = fill(broken(fate), 200, tmp_path / "b")
+    assert_only_bad_rows_differ(bank, whole, "crashed")
+    assert "closed the pipe" in bank.info()["first_failures"][0]["message"]
+
+
+def test_programs_of_a_crashed_row_end_with_it(whole, tmp_path):
+    mark = f"{os.getpid()}.5"
+
+    def fate():
+        subprocess.Popen(["sleep", mark])
+        os._exit(1)
+
+    assert_only_bad_rows_differ(fill(broken(fate), 200, tmp_path / "b"), whole, "crashed")
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if mark.encode() in p.read_bytes()]
+
+
+def test_a_row_that_hangs_when_it_is_run_again_is_told(tmp_path):
+    calls = []
+
+    def once(theta, rng):
+        calls.append(1)
+        if len(calls) > 64:
+            hang()
+        return theta
+
+    with pytest.raises(sp.UserError, match="when a row was run again"):
+        fill(sp.simulator(prior=PRIOR, x_shape=(2,), name="once")(once), 64, tmp_path / "b", time_limit=0.3)
+
+
+def test_what_it_leaves_running_does_not_hold_the_bank(tmp_path):
+    pid = tmp_path / "pid"
+
+    def daemon(theta, rng):
+        if not pid.exists():
+            child = os.fork()
+            if child == 0:
+                os.setsid()
+                time.sleep(30)
+                os._exit(0)
+            pid.write_text(str(child))
+        return theta
+
+    simulator = sp.simulator(prior=PRIOR, x_shape=(2,), name="daemon")(daemon)
+    fill(simulator, 10, tmp_path / "b")
+    assert fill(simulator, 20, tmp_path / "b").rows == 20
+    os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+def test_any_text_may_be_raised(tmp_path):
+    def raises(theta, rng):
+        raise ValueError("bad file \udcff " + "é" * 300)
+
+    info = fill(sp.simulator(prior=PRIOR, x_shape=(2,), name="raises")(raises), 3, tmp_path / "b").info()
+    assert "bad file ? éé" in info["first_failures"][0]["message"]
+
+
+def test_a_masked_array_is_not_finite(tmp_path):
+    def masked(theta, rng):
+        return np.ma.masked_greater(theta, 0.5)
+
+    bank = fill(sp.simulator(prior=PRIOR, x_shape=(2,), name="masked")(masked), 50, tmp_path / "b")
+    np.testing.assert_array_equal(np.isnan(bank.x), bank.theta > 0.5)
+    np.testing.assert_array_equal(bank.status == 1, (bank.theta > 0.5).any(1))
+
+
+def test_a_simulator_that_goes_elsewhere_does_not_take_the_bank_along(tmp_path, monkeypatch):
+    def goes(theta, rng):
+        os.chdir("/")
+        return theta
+
+    monkeypatch.chdir(tmp_path)
+    assert fill(sp.simulator(prior=PRIOR, x_shape=(2,), name="goes")(goes), 100, "b", isolate=False).complete
+    assert (tmp_path / "b" / "bank.json").exists()
+
+
+@pytest.mark.parametrize(("settings", "says"), [
+    ({"time_limit": 1e12}, "between"), ({"block_size": 10**11}, "block_size must be"), ({"block_size": 2**31}, "give a smaller --block-size"),
+])
+def test_settings_beyond_reason_are_one_line(settings, says, tmp_path):
+    simulator = broken(hang, batched=True)
+    with pytest.raises(sp.UserError, match=says):
+        fill(simulator, 10, tmp_path / "b", **settings)
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_scalar_block_larger_than_memory_costs_nothing(tmp_path):
+    assert fill(sound, 10, tmp_path / "b", block_size=2**31).complete
