@@ -50,7 +50,8 @@ from sbiplat.report.page import report as write_report
 from sbiplat.runs import Run
 from sbiplat.settings import build, read_toml, setting, split, unknown
 from sbiplat.simulator import Simulator, resolve
-from sbiplat.training.trainer import TrainSettings, train
+from sbiplat.training.begin import TrainSettings
+from sbiplat.training.trainer import train
 
 TABLES = ("simulate", "train", "gate", "sample")
 

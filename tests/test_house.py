@@ -21,7 +21,7 @@ from sbiplat import simulator as decorate
 from sbiplat.estimators.npe import NPESettings
 from sbiplat.gate.criteria import Criteria
 from sbiplat.simulator import check, resolve
-from sbiplat.training.trainer import TrainSettings
+from sbiplat.training.begin import TrainSettings
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent

@@ -11,28 +11,24 @@ without a child, for simulators that cannot be forked (CUDA, MPI).
 
 from __future__ import annotations
 
-import ctypes
 import math
 import mmap
 import os
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sbiplat import files
+from sbiplat.bank.child import Child, asked_to_stop, end_of, fork, last_line
 from sbiplat.bank.layout import MISSING, STATUS, Header, default_rows_per_segment, pieces, streams
 from sbiplat.bank.segment import Rows
 from sbiplat.errors import SimulatorError
@@ -240,13 +236,13 @@ class Sandbox:
             time.sleep(0.01)
         self._child.kill()  # with the programs that it started
         code, row = self._wait(), self.done
-        how = _end_of(code) if ended else "it closed the pipe to its worker"
+        how = end_of(code) if ended else "it closed the pipe to its worker"
         with self._signals.interruptible():
             time.sleep(GRACE_SECONDS.get(code, 0.0))
         self._deaths[row] += 1
         if self._deaths[row] < TRIES:
             return self._resume(row)
-        return self._mark(STATUS["crashed"], f"the simulator ended its process ({how}){_last_line(self._output)}")
+        return self._mark(STATUS["crashed"], f"the simulator ended its process ({how}){last_line(self._output)}")
 
     def _late(self) -> bool:
         self._kill()
@@ -310,82 +306,6 @@ class Sandbox:
             self._wait()
 
 
-# ------------------------------------------------------------------------------------------------------ child processes
-
-
-@dataclass(frozen=True)
-class Child:
-    """A forked process and the pipe to it."""
-
-    pid: int
-    pipe: Connection
-
-    def has_ended(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
-
-    def kill(self) -> None:
-        """End it and the programs that it started."""
-        for kill in (os.killpg, os.kill):
-            with suppress(ProcessLookupError, PermissionError):
-                kill(self.pid, signal.SIGKILL)
-
-    def wait(self) -> int:
-        """Reap it; its exit status, or less than 0 for a signal."""
-        self.pipe.close()
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-def fork(work: Callable[[Connection], None], output: int) -> Child:
-    """A child that does `work(pipe)` and ends; what it prints goes to the file `output`."""
-    ours, theirs = Pipe()
-    owner = os.getpid()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
-            stream.flush()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))  # none may find a half-made child
-    try:
-        pid = os.fork()
-        if pid == 0:
-            ours.close()
-            _be_child(work, theirs, output, owner, before)
-        return Child(pid, ours)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        theirs.close()
-
-
-def _be_child(work: Callable[[Connection], None], pipe: Connection, output: int, owner: int, mask: set[signal.Signals]) -> NoReturn:
-    code = 1
-    try:
-        files.let_go_of_locks()
-        _settle(owner, output)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        work(pipe)
-        code = 0
-    except (EOFError, ConnectionError):  # the owner has gone
-        code = 0
-    except BaseException as error:  # told through the output, as a crash of this row
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)  # noqa: T201
-    finally:
-        os._exit(code)
-
-
-def _end_of(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"exit status {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}" + (", perhaps for want of memory" if code == -signal.SIGKILL else "")
-    except ValueError:
-        return f"killed by signal {-code}"
-
-
-def _last_line(output: Any) -> str:
-    output.seek(max(0, output.seek(0, os.SEEK_END) - 4096))
-    lines = [line.strip() for line in output.read().decode(errors="replace").splitlines() if line.strip()]
-    return f"; it last printed: {lines[-1][:160]}" if lines else ""
-
-
 def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> None:
     """The contract check in a child process; raises SimulatorError where the contract is broken or the child goes down.
 
@@ -409,8 +329,8 @@ def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> No
             found = child.pipe.recv()
         except (EOFError, OSError):
             child.kill()
-            found = (f"simulator {simulator.name!r} ended its process in one of its first rows ({_end_of(child.wait())})"
-                     f"{_last_line(output)}; mend it, or have such rows marked with --no-check")
+            found = (f"simulator {simulator.name!r} ended its process in one of its first rows ({end_of(child.wait())})"
+                     f"{last_line(output)}; mend it, or have such rows marked with --no-check")
         finally:
             child.kill()
             with suppress(ChildProcessError):
@@ -444,41 +364,13 @@ class _SharedRows:
 # -------------------------------------------------------------------------------------------------- inside the child
 
 
-def _settle(owner: int, output: int) -> None:
-    """A process group of its own, output to the scratch file, and death with the owner."""
-    with suppress(OSError):
-        os.setpgid(0, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != owner:
-            os._exit(1)
-    for number in (signal.SIGINT, signal.SIGTERM):  # no SIG_IGN: programs would inherit it
-        signal.signal(number, _take_note)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    sys.stdout, sys.stderr = (os.fdopen(os.dup(k), "w", buffering=1, encoding="utf-8", errors="replace") for k in (1, 2))
-    if "torch" in sys.modules:  # forked from a process that has torch: its thread pool did not come along
-        sys.modules["torch"].set_num_threads(1)
-
-
-_asked_to_stop = False
-
-
-def _take_note(number: int, frame: Any) -> None:
-    """The owner decides whether to stop; but a row made meanwhile does not count, since a program in it may have been stopped."""
-    global _asked_to_stop
-    _asked_to_stop = True
-
-
 def _serve(box: Sandbox, pipe: Connection) -> None:
     os.environ["SBIPLAT_SCRATCH"] = box._scratch.name
     simulator, header, memory, recycle = box._simulator, box._header, box._memory, box._limits.recycle
     blocks = 0
 
     def on_row(row: int, done: int) -> None:
-        if _asked_to_stop:
+        if asked_to_stop():
             os._exit(ASKED_TO_STOP)
         memory.since[0] = time.monotonic() if row == done else 0.0
         memory.done[0] = done

@@ -35,7 +35,7 @@ from sbiplat.settings import build as build_settings
 from sbiplat.settings import whole_seed
 from sbiplat.simulator import Simulator
 from sbiplat.source import source_digest
-from sbiplat.training.trainer import TrainSettings, observe_of
+from sbiplat.training.begin import TrainSettings, observe_of
 
 FORMAT_VERSION = 1
 REFERENCE_ROWS = 10_000

@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,55 +31,27 @@ from torch import Tensor, nn
 
 from sbiplat import files
 from sbiplat.bank.bank import Bank
-from sbiplat.bank.layout import STATUS, simulator_of, versions
+from sbiplat.bank.layout import versions
 from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
-from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
+from sbiplat.errors import RunError, SettingError
 from sbiplat.estimators.base import Architecture, Estimator, find
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
-from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
+from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
-from sbiplat.settings import setting, whole_seed
 from sbiplat.settings import split as split_settings
+from sbiplat.settings import whole_seed
 from sbiplat.signals import Interrupted, Signals, Stopped
 from sbiplat.simulator import Simulator
-from sbiplat.source import source_digest
 from sbiplat.training import checkpoint
+from sbiplat.training.begin import TrainSettings, check_new, filled, observe_of, record_of, same_training
 
-DEVICES = ("cpu", "cuda")
-HELD_OUT_LEAST = 500
 SCALE_ROWS = 50_000
 SCALE_BYTES = 2**28
 PREPARE_ROWS = 8192
 PATIENCE_WITH_NON_FINITE = 20
 MOST_RECOVERIES = 3
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """How an estimator is trained, whatever it is."""
-
-    batch_size: int | None = setting(None, "rows a step; by default a fortieth of the bank, from 64 to 1024", low=1)
-    learning_rate: float | None = setting(None, "peak rate; by default 3e-3 sqrt(batch_size / 256), at most 5e-3", low=1e-8, high=1.0)
-    optimizer: str = setting("adamw", "adamw, or muon for matrices and adamw for the rest", among=("adamw", "muon"))
-    weight_decay: float = setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
-    max_epochs: int | None = setting(None, "epochs of the cosine; by default about 4000 steps, from 10 to 200 epochs", low=1)
-    warmup: float = setting(0.02, "share of all steps in which the rate rises", low=0.0, high=0.9)
-    patience: int = setting(20, "epochs without a better validation loss before stopping", low=1)
-    clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
-    ema: float = setting(0.0, "decay of the moving average of weights, a step; 0 for none", low=0.0, high=0.99999)
-    validation: float = setting(0.05, "share of rows for the validation loss", low=0.001, high=0.5)
-    held_out: float | None = setting(
-        None, "share of rows kept for the gate, which training never sees; by default a tenth, of a small bank up to a fifth for 500 rows",
-        low=0.001, high=0.5)
-    held_out_most: int | None = setting(
-        None, "at most so many rows for each of the two; by default 5000, fewer where they would take over an eighth of memory_mb", low=10)
-    memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
-    threads: int = setting(1, "torch threads", low=1, high=1024)
-    device: str = setting("cpu", "cpu, cuda or cuda:K")
-    checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", low=0.0)
-
 
 
 def train(
@@ -99,7 +69,7 @@ def train(
     if "embedding" in settings:
         settings["embedding"] = embeddings.register(settings["embedding"])
     ours, theirs = split_settings(settings, TrainSettings, find(estimator).settings_class)
-    training = _filled(build_settings(TrainSettings, ours), bank)
+    training = filled(build_settings(TrainSettings, ours), bank)
     prior = bank.header.prior
     shape = build_settings(find(estimator).settings_class, theirs)
     observe = observe_of(bank, simulator, f"sbiplat train {bank.path}")
@@ -109,92 +79,20 @@ def train(
 
     out = Path(out)
     apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
-    record = _record(bank, architecture, training, seed, apart, observe, out)
+    record = record_of(bank, architecture, training, seed, apart, observe, out)
     if observe:
-        some = take(pairs_at(bank, apart.validation[:8]), slice(8))
+        some = pairs_at(bank, apart.validation[:8])
         check_observe(observe, some["x"], some["parameters"])
     if not (out / "run.json").exists():
-        _check_new(bank, architecture, seed, apart, out, progress)
-    elif (run := _same(record, out)).finished:
+        check_new(bank, architecture, seed, apart, out, progress)
+    elif (run := same_training(record, out)).finished:
         return run
     busy = RunError(f"another process is training into {out}; wait for it, or stop it first")
     with files.locked(out, busy), _global_generator_kept():
         if not (out / "run.json").exists():
             files.write_json(out / "run.json", {**record, "finished": False, "created": files.now(), "versions": versions()})
-        run = _same(record, out)  # another process may have begun or finished it meanwhile
+        run = same_training(record, out)  # another process may have begun or finished it meanwhile
         return run if run.finished else _Training(run, bank, apart, training, observe, progress).finish()
-
-
-def _filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
-    """Defaults that depend on the size of the bank, as figures."""
-    values = asdict(settings)
-    if settings.batch_size is None:
-        values["batch_size"] = min(1024, max(64, 2 ** round(math.log2(max(bank.rows, 2) / 40))))
-    if settings.learning_rate is None:
-        values["learning_rate"] = min(5e-3, 3e-3 * math.sqrt(values["batch_size"] / 256))
-    if settings.max_epochs is None:
-        values["max_epochs"] = min(200, max(10, round(4000 * values["batch_size"] / bank.rows)))
-    if settings.held_out_most is None:
-        values["held_out_most"] = min(5000, max(1000, int(settings.memory_mb * 2**17) // bank.header.x.row_bytes))
-    if settings.held_out is None:
-        values["held_out"] = min(0.2, max(0.1, HELD_OUT_LEAST / max(1, int((bank.status == STATUS["ok"]).sum()))))
-    try:
-        if torch.device(settings.device).type not in DEVICES:
-            raise RuntimeError(f"expected {' or '.join(DEVICES)}")
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device = {settings.device!r} is not to be had here: {str(error).splitlines()[0]}") from None
-    return build_settings(TrainSettings, values)
-
-
-def _record(
-    bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, apart: Split, observe: Observe | None, out: Path
-) -> dict[str, Any]:
-    """What this training is: run.json less its outcome."""
-    return {
-        "format_version": FORMAT_VERSION, "architecture": architecture.to_json(), "training": asdict(training), "seed": seed,
-        "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out),
-                 "digest": bank.digest, "rows": bank.rows, "simulator": bank.header.simulator,
-                 "seed": bank.header.seed, "block_size": bank.header.block_size},
-        "prior": bank.header.prior.to_json(),
-        "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
-                  "left_out": apart.left_out, "digest": apart.digest()},
-        "observe_source": source_digest(observe.function) if observe else None,
-        "embedding_source": embeddings.source_digest(getattr(architecture.settings, "embedding", "mlp")),
-    }
-
-
-def _check_new(bank: Bank, architecture: Architecture, seed: int, apart: Split, out: Path, progress: Progress) -> None:
-    """All that can be told before anything is written: the place, the net, the bank."""
-    if out.exists() and (not out.is_dir() or any(p.name != "lock" and not p.name.startswith(".tmp-") for p in out.iterdir())):
-        raise RunError(f"{out} holds other files and is no run; give the run another --out")
-    architecture.build(seed)
-    problems = bank.verify(progress)
-    if problems:
-        raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
-    if apart.left_out:
-        progress.say(f"{apart.left_out} of {bank.rows} rows ({apart.left_out / bank.rows:.2%}) failed and are left out: "
-                     "the posterior is given that a simulation succeeds")
-
-
-def _same(record: Mapping[str, Any], out: Path) -> Run:
-    """The run that stands in `out`, if it is of the same training; raises OtherTraining with the first thing that differs."""
-    run = Run.open(out)
-
-    def flat(record: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL}}
-        return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
-                **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
-                "the embedding's code": (record.get("embedding_source") or "none")[:12],
-                "the code of observe": (record.get("observe_source") or "none")[:12]}
-
-    mine, theirs = flat(run.record), flat(record)
-    differs = [k for k in theirs if mine.get(k) != theirs[k]]
-    if differs:
-        k = differs[0]
-        raise OtherTraining(f"{out} was begun with {k} = {mine.get(k)!r}, not {theirs[k]!r}; "
-                            "use the same settings to resume, or another --out")
-    return run
 
 
 @contextmanager
@@ -463,16 +361,6 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 def _noise_seed(seed: int, epoch: int, step: int) -> int:
     """Of observe's draws: epoch -1 is validation, -2 the rows that set scales."""
     return int(np.random.SeedSequence(seed, spawn_key=(0x0B5E, epoch + 2, step)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def observe_of(bank: Bank, simulator: Simulator | str | None, command: str) -> Observe | None:
-    """What makes x of the bank's rows, None where they are x; raises SimulatorError where a bank of signals has lost it."""
-    if not bank.header.signals:
-        if isinstance(simulator, Simulator) and simulator.observe is not None:
-            raise SimulatorError(f"simulator {simulator.name!r} has an observe, and the bank {bank.path} was made without one: it holds x "
-                                 "itself; simulate again into another --out")
-        return None
-    return simulator_of(bank.header, bank.path, simulator, command).observe
 
 
 def _optimizers(estimator: Estimator, settings: TrainSettings) -> list[torch.optim.Optimizer]:

@@ -1,0 +1,136 @@
+"""What a training is, and all that can be told of it before it begins: settings, the record in run.json, the place, the bank, the noise."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sbiplat.bank.bank import Bank
+from sbiplat.bank.layout import STATUS, simulator_of
+from sbiplat.bank.stream import Split
+from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
+from sbiplat.estimators.base import Architecture
+from sbiplat.nets import embeddings
+from sbiplat.observe import Observe
+from sbiplat.progress import Progress
+from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
+from sbiplat.settings import build as build_settings
+from sbiplat.settings import setting
+from sbiplat.simulator import Simulator
+from sbiplat.source import source_digest
+
+DEVICES = ("cpu", "cuda")
+HELD_OUT_LEAST = 500
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How an estimator is trained, whatever it is."""
+
+    batch_size: int | None = setting(None, "rows a step; by default a fortieth of the bank, from 64 to 1024", low=1)
+    learning_rate: float | None = setting(None, "peak rate; by default 3e-3 sqrt(batch_size / 256), at most 5e-3", low=1e-8, high=1.0)
+    optimizer: str = setting("adamw", "adamw, or muon for matrices and adamw for the rest", among=("adamw", "muon"))
+    weight_decay: float = setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
+    max_epochs: int | None = setting(None, "epochs of the cosine; by default about 4000 steps, from 10 to 200 epochs", low=1)
+    warmup: float = setting(0.02, "share of all steps in which the rate rises", low=0.0, high=0.9)
+    patience: int = setting(20, "epochs without a better validation loss before stopping", low=1)
+    clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
+    ema: float = setting(0.0, "decay of the moving average of weights, a step; 0 for none", low=0.0, high=0.99999)
+    validation: float = setting(0.05, "share of rows for the validation loss", low=0.001, high=0.5)
+    held_out: float | None = setting(
+        None, "share of rows kept for the gate, which training never sees; by default a tenth, of a small bank up to a fifth for 500 rows",
+        low=0.001, high=0.5)
+    held_out_most: int | None = setting(
+        None, "at most so many rows for each of the two; by default 5000, fewer where they would take over an eighth of memory_mb", low=10)
+    memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
+    threads: int = setting(1, "torch threads", low=1, high=1024)
+    device: str = setting("cpu", "cpu, cuda or cuda:K")
+    checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", low=0.0)
+
+
+def filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
+    """Defaults that depend on the size of the bank, as figures."""
+    values = asdict(settings)
+    if settings.batch_size is None:
+        values["batch_size"] = min(1024, max(64, 2 ** round(math.log2(max(bank.rows, 2) / 40))))
+    if settings.learning_rate is None:
+        values["learning_rate"] = min(5e-3, 3e-3 * math.sqrt(values["batch_size"] / 256))
+    if settings.max_epochs is None:
+        values["max_epochs"] = min(200, max(10, round(4000 * values["batch_size"] / bank.rows)))
+    if settings.held_out_most is None:
+        values["held_out_most"] = min(5000, max(1000, int(settings.memory_mb * 2**17) // bank.header.x.row_bytes))
+    if settings.held_out is None:
+        values["held_out"] = min(0.2, max(0.1, HELD_OUT_LEAST / max(1, int((bank.status == STATUS["ok"]).sum()))))
+    try:
+        if torch.device(settings.device).type not in DEVICES:
+            raise RuntimeError(f"expected {' or '.join(DEVICES)}")
+        torch.empty(0, device=settings.device)
+    except (RuntimeError, AssertionError) as error:
+        raise SettingError(f"device = {settings.device!r} is not to be had here: {str(error).splitlines()[0]}") from None
+    return build_settings(TrainSettings, values)
+
+
+def record_of(
+    bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, apart: Split, observe: Observe | None, out: Path
+) -> dict[str, Any]:
+    """What this training is: run.json less its outcome."""
+    return {
+        "format_version": FORMAT_VERSION, "architecture": architecture.to_json(), "training": asdict(training), "seed": seed,
+        "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out),
+                 "digest": bank.digest, "rows": bank.rows, "simulator": bank.header.simulator,
+                 "seed": bank.header.seed, "block_size": bank.header.block_size},
+        "prior": bank.header.prior.to_json(),
+        "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
+                  "left_out": apart.left_out, "digest": apart.digest()},
+        "observe_source": source_digest(observe.function) if observe else None,
+        "embedding_source": embeddings.source_digest(getattr(architecture.settings, "embedding", "mlp")),
+    }
+
+
+def check_new(bank: Bank, architecture: Architecture, seed: int, apart: Split, out: Path, progress: Progress) -> None:
+    """All that can be told before anything is written: the place, the net, the bank."""
+    if out.exists() and (not out.is_dir() or any(p.name != "lock" and not p.name.startswith(".tmp-") for p in out.iterdir())):
+        raise RunError(f"{out} holds other files and is no run; give the run another --out")
+    architecture.build(seed)
+    problems = bank.verify(progress)
+    if problems:
+        raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    if apart.left_out:
+        progress.say(f"{apart.left_out} of {bank.rows} rows ({apart.left_out / bank.rows:.2%}) failed and are left out: "
+                     "the posterior is given that a simulation succeeds")
+
+
+def same_training(record: Mapping[str, Any], out: Path) -> Run:
+    """The run that stands in `out`, if it is of the same training; raises OtherTraining with the first thing that differs."""
+    run = Run.open(out)
+
+    def flat(record: Mapping[str, Any]) -> dict[str, Any]:
+        settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL}}
+        return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
+                **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
+                "the embedding's code": (record.get("embedding_source") or "none")[:12],
+                "the code of observe": (record.get("observe_source") or "none")[:12]}
+
+    mine, theirs = flat(run.record), flat(record)
+    differs = [k for k in theirs if mine.get(k) != theirs[k]]
+    if differs:
+        k = differs[0]
+        raise OtherTraining(f"{out} was begun with {k} = {mine.get(k)!r}, not {theirs[k]!r}; "
+                            "use the same settings to resume, or another --out")
+    return run
+
+
+def observe_of(bank: Bank, simulator: Simulator | str | None, command: str) -> Observe | None:
+    """What makes x of the bank's rows, None where they are x; raises SimulatorError where a bank of signals has lost it."""
+    if not bank.header.signals:
+        if isinstance(simulator, Simulator) and simulator.observe is not None:
+            raise SimulatorError(f"simulator {simulator.name!r} has an observe, and the bank {bank.path} was made without one: it holds x "
+                                 "itself; simulate again into another --out")
+        return None
+    return simulator_of(bank.header, bank.path, simulator, command).observe
