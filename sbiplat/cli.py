@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -21,6 +22,7 @@ import typer
 
 from sbiplat.errors import SettingError, UserError
 from sbiplat.files import is_disk_full
+from sbiplat.launch import launched_rank, launched_ranks
 
 REFUSED = 3
 STOPPED = 130
@@ -386,7 +388,8 @@ def main() -> NoReturn:
     if arguments in ([], ["bank"]):
         arguments.append("--help")
     _prepare_streams()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt if launched_ranks() == 1 else _end_rank)
     try:
         code = app(arguments, standalone_mode=False)
         if code == STOPPED:  # typer's own answer to a KeyboardInterrupt
@@ -422,6 +425,17 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _end_rank(number: int, frame: Any) -> None:
+    """Die of the signal: a rank that exits by itself before all are joined leaves the others waiting for it for ever.
+
+    A launcher ends the job when a rank is killed. While rows are simulated the farm takes these signals, and stops cleanly.
+    """
+    with suppress(OSError):
+        os.write(2, f"error: {_STOPPED}\n".encode())
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def _prepare_streams() -> None:
     """Streams that take any text: a closed one is the null device, and what an encoding lacks is escaped."""
     for name in ("stdout", "stderr"):
@@ -437,7 +451,7 @@ _COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compac
 
 def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:
     """One line on standard error; with --json, one object on standard output too."""
-    if int(os.environ.get("PMI_RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0"))) == 0 or code == 1:
+    if launched_rank() == 0 or code == 1:
         if "--json" in sys.argv:
             say(json.dumps({"error": line, "exit_code": code, **(details or {})}))
         print("error: " + " ".join(line.split("\n")), file=sys.stderr, flush=True)  # noqa: T201

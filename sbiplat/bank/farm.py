@@ -32,6 +32,7 @@ from sbiplat.bank import segment
 from sbiplat.bank.layout import STATUS, Header, default_rows_per_segment
 from sbiplat.bank.sandbox import Direct, Limits, Runner, Sandbox
 from sbiplat.errors import BankError, UserError
+from sbiplat.launch import launched_ranks
 from sbiplat.signals import Interrupted, Signals
 from sbiplat.simulator import Simulator
 
@@ -374,12 +375,8 @@ def abort(comm: Any, error: BaseException) -> NoReturn:
 
 
 def mpi_world() -> Any | None:
-    """COMM_WORLD where this process is one of several MPI ranks, else None; mpi4py is imported only then.
-
-    The launcher's own word counts, and Slurm's only without one: mpiexec inside Slurm starts its proxies as a step.
-    """
-    launchers = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
-    ranks = next((count for count in map(_count, launchers) if count), 1)
+    """COMM_WORLD where this process is one of several MPI ranks, else None; mpi4py is imported only then."""
+    ranks = launched_ranks()
     if ranks == 1:
         return None
     try:
@@ -392,12 +389,6 @@ def mpi_world() -> Any | None:
         raise BankError(f"{ranks} tasks were started, but MPI joins {comm.Get_size()} of them; use the mpiexec of the MPI "
                         "library that mpi4py uses, or srun --mpi=pmi2")
     return comm
-
-
-def _count(variable: str) -> int:
-    """A number of ranks from the environment, 0 where there is none."""
-    value = os.environ.get(variable, "")
-    return int(value) if value.isdigit() else 0
 
 
 def available_cores() -> int:

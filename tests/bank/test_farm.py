@@ -261,6 +261,17 @@ def test_ctrl_c_on_mpiexec_stops_in_one_line_and_resumes(digest, tmp_path):
     assert finish(mpi(2, "rowwise", N, tmp_path / "b"))[1].split() == [digest] * 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_rank_stopped_before_all_are_joined_ends_the_job(number, tmp_path):
+    """The others wait for it inside MPI; a rank that just exits there leaves them waiting for ever."""
+    program = (f"import os; from sbiplat.bank import farm; from sbiplat.cli import main; world = farm.mpi_world\n"
+               f"farm.mpi_world = lambda: os.kill(os.getpid(), {number:d}) if os.environ['PMI_RANK'] == '1' else world()\nmain()")
+    words = ["simulate", f"{FILE}:rowwise", "--n", "64", "--seed", "1", "--out", str(tmp_path / "b")]
+    code, _, err = finish(start([str(MPIEXEC), "-n", "3", sys.executable, "-c", program, *words]))
+    assert code != 0
+    assert "error: stopped; what was committed is kept" in err
+
+
 def test_a_rank_killed_twice_ends_the_job_each_time_and_the_same_command_resumes(digest, tmp_path):
     killed = """
 from mpi4py import MPI
