@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -31,6 +31,7 @@ import numpy as np
 from sbiplat.bank import segment
 from sbiplat.bank.layout import STATUS, Header, default_rows_per_segment
 from sbiplat.bank.sandbox import Direct, Limits, Runner, Sandbox
+from sbiplat.bank.together import Together, signals_end_what_waits
 from sbiplat.errors import BankError, UserError
 from sbiplat.launch import launched_ranks
 from sbiplat.signals import Interrupted, Signals
@@ -62,7 +63,7 @@ class Job:
 
     def runner(self) -> Runner:
         if _group is not None:
-            return Direct(_Together(self.simulator, _group), self.header, signals, whole_rows=True)
+            return Direct(_group, self.header, signals, whole_rows=True)
         if self.limits.isolate:
             return Sandbox(self.simulator, self.header, self.limits, signals)
         return Direct(self.simulator, self.header, signals)
@@ -70,7 +71,7 @@ class Job:
 
 _job: Job | None = None
 _runner: Runner | None = None
-_group: Any = None  # this rank's communicator, where several ranks simulate a row together
+_group: Together | None = None  # this rank's, where several ranks simulate a row together
 
 
 signals = Signals()
@@ -266,14 +267,16 @@ def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Calla
         from mpi4py import MPI
 
         team = (comm.Get_rank() - 1) // job.limits.ranks_per_simulation  # -1: rank 0, which hands out
-        _group = comm.Split(team + 1, comm.Get_rank())
-        leads = comm.Get_rank() == 0 or _group.Get_rank() == 0
+        _group = Together(job.simulator, comm.Split(team + 1, comm.Get_rank()), job.limits.time_limit)
+        leads = comm.Get_rank() == 0 or _group.leads
         comm = comm.Split(0 if leads else MPI.UNDEFINED, comm.Get_rank())
         if not leads:
-            _follow(job.simulator, _group)
+            with signals_end_what_waits():
+                _group.follow()
             return
+    heard = signals_end_what_waits() if _group is not None and comm.Get_rank() > 0 else nullcontext()
     try:
-        with MPICommExecutor(comm, root=0) as executor:
+        with heard, MPICommExecutor(comm, root=0) as executor:
             if executor is not None:
                 workers, pace = comm.Get_size() - 1, _Pace(on_receipts)
                 dispatch(executor, spans(gaps, job.header, workers, pace.row_seconds), 2 * workers, pace)
@@ -284,39 +287,8 @@ def run_mpi(job: Job, gaps: list[tuple[int, int]], comm: Any, on_receipts: Calla
     finally:
         _end_runner()
         if _group is not None and comm.Get_rank() > 0:
-            _group.bcast(None)
+            _group.release()
         _group = None
-
-
-class _Together:
-    """A simulator that runs on all ranks of a group; what its first rank calls."""
-
-    def __init__(self, simulator: Simulator, group: Any) -> None:
-        self._group, self._simulator = group, simulator
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._simulator, name)
-
-    def __call__(self, theta: Any, rng: np.random.Generator) -> Any:
-        self._group.bcast((theta, rng))
-        x, error = _tried(self._simulator, theta, rng, self._group)
-        errors = [e for e in self._group.allgather(error) if e]
-        if errors:
-            raise RuntimeError(errors[0])
-        return x
-
-
-def _follow(simulator: Simulator, group: Any) -> None:
-    """What the other ranks of a group do: the same rows, until there are no more."""
-    while (task := group.bcast(None)) is not None:
-        group.allgather(_tried(simulator, *task, group)[1])
-
-
-def _tried(simulator: Simulator, theta: Any, rng: np.random.Generator, group: Any) -> tuple[Any, str]:
-    try:
-        return simulator(theta, rng, group), ""
-    except (Exception, SystemExit) as error:  # the user's own code: anything may come
-        return None, f"{type(error).__name__}: {error}"
 
 
 def check_ranks(comm: Any, simulator: Simulator, ranks: int) -> None:

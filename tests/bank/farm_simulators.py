@@ -45,3 +45,19 @@ def parallel(theta, rng, comm):
         with open(os.environ["SBIPLAT_TEST_SIZES"], "a") as file:
             file.write(f"{comm.Get_size()}\n")
     return np.array([total, theta[0], theta[1]])
+
+
+@sp.simulator(prior=PRIOR, x_shape=(3,), parallel=True)
+def alone(theta, rng, comm):
+    """Raises on one rank only, while the others wait for it."""
+    if comm.Get_size() > 1 and comm.Get_rank() == 1:
+        raise ValueError("alone")
+    comm.allreduce(1)
+    return np.zeros(3)
+
+
+@sp.simulator(prior=PRIOR, x_shape=(3,), parallel=True)
+def astray(theta, rng, comm):
+    """Its ranks wait for each other for ever."""
+    comm.recv(source=(comm.Get_rank() + 1) % comm.Get_size(), tag=7)
+    return np.zeros(3)

@@ -415,3 +415,25 @@ def test_a_signal_stops_a_parallel_simulator_between_rows(tmp_path):
     code, _, err = finish(process)
     assert code != 0
     assert 0 < Bank.open(tmp_path / "b").present < 200_000, err
+
+
+@pytest.mark.parametrize(("limit", "says"), [
+    ("2", "raised on one rank (ValueError: alone) and the others wait for it in MPI"), ("0.5", "took longer than the time limit of 0.5 s")])
+def test_a_parallel_simulator_that_leaves_its_ranks_waiting_ends_the_job(limit, says, tmp_path):
+    """One rank raises and the other is inside comm.allreduce; or both are, for ever."""
+    name = "alone" if limit == "2" else "astray"
+    words = [w.replace(":parallel", f":{name}") for w in parallel_command(tmp_path / "b", 3, 2)]
+    code, _, err = finish(start([*words, "--no-check", "--time-limit", limit]))
+    assert code != 0
+    assert any(says in line for line in errors_in(err)), err
+
+
+def test_a_signal_ends_a_parallel_simulator_that_waits_for_ever(tmp_path):
+    words = [w.replace(":parallel", ":astray") for w in parallel_command(tmp_path / "b", 3, 2)]
+    process = start([*words, "--no-check"])
+    wait_for(lambda: (tmp_path / "b" / "bank.json").exists(), process)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code != 0
+    assert any("within a row that did not end in 10 s" in line for line in errors_in(err)), err
