@@ -11,6 +11,7 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -26,6 +27,8 @@ from sbiplat.launch import launched_rank, launched_ranks
 
 REFUSED = 3
 STOPPED = 130
+CHECK_SECONDS = 10.0
+MOST_PROBLEMS = 50
 
 app = typer.Typer(
     name="sbiplat", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -83,9 +86,11 @@ def _settings(config: Path | None, table: str, assignments: list[str] | None, **
 def simulators(
     name: Annotated[str | None, typer.Argument(help="A simulator: a name, file.py:object or module:object.")] = None,
     rows: Annotated[int, typer.Option(help="Rows that the contract check runs.")] = 64,
+    time_limit: Annotated[float | None, typer.Option(help="Seconds a row may take; by default the simulator's own, or 10.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the registered simulators; with NAME, show its card and check its contract."""
+    from sbiplat.bank.sandbox import check_apart
     from sbiplat.simulator import available, check, resolve
 
     if name is None:
@@ -93,14 +98,17 @@ def simulators(
         show(as_json, found, "\n".join(f"{k:20} {v}" for k, v in sorted(found.items())) or "none registered")
         return
     simulator = resolve(name)
-    result = check(simulator, rows)
+    if simulator.parallel:  # MPI cannot be forked
+        result = check(simulator, rows)
+    else:
+        result = check_apart(simulator, rows, time_limit or simulator.time_limit or CHECK_SECONDS)
     card = {
         "name": simulator.name, "summary": simulator.summary, "citation": simulator.citation, "batched": simulator.batched,
         "source": simulator.spec, "source_digest": simulator.source_digest(),
         "prior": simulator.prior.to_json(), "x": simulator.x.to_json(),
         "signal": simulator.signal.to_json() if simulator.observe else None,
         "tractable": [k for k in ("log_likelihood", "posterior_log_prob", "posterior_sampler") if getattr(simulator, k)],
-        "check": {"rows": result.rows, "finite": result.finite, "raised": result.raised, "first_error": result.first_error},
+        "check": asdict(result) if result else None,
     }
     show(as_json, card, _card_text(card))
 
@@ -121,6 +129,9 @@ def _card_text(card: dict[str, Any]) -> str:
         lines.append(f"signal  {card['signal']['shapes']}: banks hold it, and observe makes x of it in every epoch")
     lines.append(f"tractable  {', '.join(card['tractable']) or 'nothing declared'}")
     result = card["check"]
+    if result is None:
+        lines.append("check broken off: its rows took longer than the time limit; give a longer --time-limit, or fewer --rows")
+        return "\n".join(lines)
     lines.append(f"check passed on {result['rows']} rows: {result['finite']:.1%} finite, {result['raised']:.1%} raised"
                  + (f" ({result['first_error']})" if result["first_error"] else ""))
     return "\n".join(lines)
@@ -172,7 +183,8 @@ def bank_info(bank: BankPath, as_json: Json = False) -> None:
     lines = [f"{k:20} {_counts(v) if k == 'status' else v}" for k, v in info.items() if k not in ("first_failures", "failures_where")]
     lines += [f"{f['status']}: {f['rows']} rows, most of them with {f['parameter']} from {f['range'][0]:.4g} to {f['range'][1]:.4g} (good "
               f"rows: {f['range_ok'][0]:.4g} to {f['range_ok'][1]:.4g}; apart by {f['apart']:.2f})" for f in where]
-    lines += [f"row {f['row']} failed: {f['message']}" for f in info["first_failures"]]
+    lines += [f"row {f['row']} failed: {f['message']}" + (f" (and {f['rows_alike'] - 1} alike)" if f["rows_alike"] > 1 else "")
+              for f in info["first_failures"]]
     show(as_json, info, "\n".join(lines))
 
 
@@ -194,13 +206,17 @@ def bank_verify(
 
     if repair:
         opened, mended = care.repair(bank, simulator, workers=workers, time_limit=time_limit, isolate=isolate)
-        lines = [*(f"mended: {p}" for p in mended), f"{bank}: all {opened.rows} rows are there; digest {opened.digest}"]
+        lines = [f"mended: {str(p).partition('; ')[0]}" for p in mended]
+        lines.append(f"{bank}: all {opened.rows} rows are there; digest {opened.digest}")
         show(as_json, {"mended": [str(p) for p in mended], "digest": opened.digest}, "\n".join(lines))
         return
     found = care.survey(bank, Progress.auto()).problems if bank.is_dir() else Bank.open(bank).verify(Progress.auto())
     problems = [str(p) for p in found]
     if problems:
-        error = BankError(problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+        for line in problems[:-1][:MOST_PROBLEMS] if not as_json else []:
+            say(line)
+        more = f" (and {len(problems) - 1} more{', above' if len(problems) <= MOST_PROBLEMS else ''})" if len(problems) > 1 else ""
+        error = BankError(problems[-1] + more)
         error.details = {"problems": problems, "digest": None}
         raise error
     opened = Bank.open(bank)

@@ -165,6 +165,8 @@ def disk_errors(path: Path, kept: Callable[[], str] = lambda: "") -> Iterator[No
     except Exception as error:  # libraries have disk errors of their own kinds
         if is_disk_full(error):
             raise UserError(f"the disk is full at {path.parent}; free some space and run the same command again{kept()}") from None
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError):
+        if isinstance(error, FileNotFoundError) and not path.parent.is_dir():
+            raise UserError(f"{path} cannot be written: there is no folder {path.parent}") from None
+        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError | IsADirectoryError | FileNotFoundError):
             raise UserError(f"{path} cannot be written: {error.strerror or error}; choose another place") from None
         raise

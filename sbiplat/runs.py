@@ -49,7 +49,8 @@ class Run:
         path = Path(path)
         if not path.is_dir():
             raise RunError(f"no run at {path}; make one with `sbiplat train BANK --estimator npe --out {path}`")
-        record = files.read_json(path / "run.json", "run.json (is this a run?)", RunError)
+        record = files.read_json(path / "run.json", "run.json (is this a run? it holds a bank)" if (path / "bank.json").exists()
+                                 else "run.json (is this a run?)", RunError)
         if record.get("format_version") != FORMAT_VERSION:
             raise RunError(f"{path} is of run format {record.get('format_version')!r}, this sbiplat reads {FORMAT_VERSION}; "
                            "train again, or use the sbiplat that made it")

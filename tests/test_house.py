@@ -18,7 +18,7 @@ import pytest
 
 import sbiplat as sp
 from sbiplat import simulator as decorate
-from sbiplat.estimators.npe import NPESettings
+from sbiplat.estimators.base import ESTIMATORS, find
 from sbiplat.gate.criteria import Criteria
 from sbiplat.simulator import check, resolve
 from sbiplat.training.begin import TrainSettings
@@ -96,7 +96,7 @@ def settings_classes():
 
 def test_every_setting_says_what_it_is():
     classes = settings_classes()
-    assert {NPESettings, TrainSettings, Criteria} <= set(classes)
+    assert {*SETTINGS_OF.values(), TrainSettings, Criteria} <= set(classes)
     for cls in classes:
         for f in fields(cls):
             assert f.metadata.get("about"), f"{cls.__name__}.{f.name}"
@@ -225,7 +225,8 @@ def test_the_docs_name_only_commands_and_options_that_exist(options):
             if word.startswith("--"):
                 assert word.split("=")[0] in options[command], f"{document}: sbiplat {' '.join(words)} has no {word}"
         for setting in [words[k + 1] for k, word in enumerate(words[:-1]) if word == "--set"]:
-            classes = (Criteria,) if command == ("gate",) else (TrainSettings, NPESettings)
+            estimator = words[words.index("--estimator") + 1] if "--estimator" in words else "npe"
+            classes = (Criteria,) if command == ("gate",) else (TrainSettings, SETTINGS_OF[estimator])
             assert setting.split("=")[0] in {f.name for c in classes for f in fields(c)}, f"{document}: {setting}"
 
 
@@ -275,7 +276,11 @@ def settings_table(cls):
     return "\n".join(lines)
 
 
-@pytest.mark.parametrize(("document", "cls"), [("how-to.md", NPESettings), ("how-to.md", TrainSettings), ("gate.md", Criteria)])
+SETTINGS_OF = {name: find(name).settings_class for name in ESTIMATORS}
+
+
+@pytest.mark.parametrize(("document", "cls"), [*(("estimators.md", cls) for cls in SETTINGS_OF.values()),
+                                               ("how-to.md", TrainSettings), ("gate.md", Criteria)])
 def test_the_docs_list_the_settings_as_the_code_has_them(document, cls):
     text = (ROOT / "docs" / document).read_text()
     shown = re.search(rf"<!-- settings: {cls.__name__} -->\n\n((?:\|.*\n)*)", text)

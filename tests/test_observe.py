@@ -231,3 +231,12 @@ def test_a_noise_that_ignores_its_generator_is_told_by_train_and_gate(bank, run,
     with pytest.raises(SimulatorError, match="draw all randomness from it"):
         train(bank, tmp_path / "run", simulator(ignores))
     assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_a_simulator_that_is_not_the_banks(line_bank, tmp_path):
+    @sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1)}), x_shape=(2,))
+    def other(theta, rng):
+        return theta[0] + rng.standard_normal(2)
+
+    with pytest.raises(sp.UserError, match="other"):
+        sp.train(line_bank, "npe", out=tmp_path / "run", simulator=other, progress=silent, **SMALL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -263,7 +264,7 @@ class Bank:
         for part in self._opened:
             time, text = segment.facts(part.segment)
             seconds += float(time.sum(dtype=float))
-            messages.update(dict(sorted(text.items())[:5]))
+            messages.update(text)
         return {
             "path": str(self.path), "format_version": FORMAT_VERSION, "simulator": self.header.simulator["name"],
             "rows": self.rows, "present": self.present, "complete": self.complete,
@@ -273,7 +274,7 @@ class Bank:
             "simulation_seconds": seconds, "parameters": list(self.header.prior.names),
             "x": self.header.x.to_json()["shapes"], "dtype": self.header.x.dtype, "created": self.header.created,
             "versions": self.header.versions,
-            "first_failures": [{"row": row, "message": text} for row, text in sorted(messages.items())[:5]],
+            "first_failures": _by_kind(messages),
         }
 
     def pack(self, out: str | Path, progress: Progress = silent) -> Path:
@@ -331,3 +332,11 @@ def _open_packed(path: Path) -> Bank:
         raise BankError(f"{path} is not a packed bank: {(str(error) or repr(error)).splitlines()[0]}") from None
     # A packed bank holds the rows it shows, no more: it reads as a scalar bank's single segment.
     return Bank(path, header, [segment.inspect(Segment(path, 0, header.rows), header)])
+
+
+def _by_kind(messages: dict[int, str], most: int = 10) -> list[dict[str, Any]]:
+    """The first row of each kind of failure and how many are like it; messages that differ in numbers alone are one kind."""
+    kinds: dict[str, list[int]] = {}
+    for row in sorted(messages):
+        kinds.setdefault(re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?", "#", messages[row]), []).append(row)
+    return [{"row": rows[0], "message": messages[rows[0]], "rows_alike": len(rows)} for rows in list(kinds.values())[:most]]

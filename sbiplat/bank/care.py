@@ -50,6 +50,7 @@ def survey(path: Path, progress: Progress = silent) -> Survey:
             except BankError as error:
                 bad[item.path] = str(error).removeprefix(f"{item.path} ")
             advance(1)
+    bad |= {p: "is no segment by its name; it may be one that was renamed" for p in segment.strangers(path / "segments")}
     bad |= {p: why for p, why in _contradictions(header, sound).items() if p not in bad}
     sound = [o for o in sound if o.segment.path not in bad]
     gaps = index.cover(sound, header.rows)[1]

@@ -23,7 +23,7 @@ from sbiplat.bank.farm import one_fate, together
 from sbiplat.bank.layout import STATUS, Header, row_bytes
 from sbiplat.bank.sandbox import Limits, check_apart
 from sbiplat.bank.segment import Opened
-from sbiplat.errors import BankError, SettingError
+from sbiplat.errors import BankError, SettingError, SimulatorError
 from sbiplat.progress import Progress, silent
 from sbiplat.settings import build
 from sbiplat.signals import Interrupted, Stopped
@@ -168,10 +168,14 @@ def _refuse(order: _Order) -> None:
     if out.is_dir() and not known and any(entry.name not in ("lock", "segments") for entry in out.iterdir()):
         raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
     if order.checked and not known:
-        if order.limits.isolate and not order.simulator.parallel:
-            check_apart(order.simulator, 2, order.limits.time_limit or order.simulator.time_limit)
-        else:
-            check(order.simulator, rows=2)
+        try:
+            if order.limits.isolate and not order.simulator.parallel:
+                check_apart(order.simulator, 2, order.limits.time_limit or order.simulator.time_limit)
+            else:
+                check(order.simulator, rows=2)
+        except SimulatorError as error:
+            left_out = "" if "--no-check" in str(error) else " (simulate --no-check leaves out this check, and marks such rows)"
+            raise SimulatorError(f"{error}{left_out}") from None
 
 
 def _prepare(order: _Order) -> tuple[Header, Gaps]:

@@ -34,7 +34,7 @@ from sbiplat.bank.segment import Rows
 from sbiplat.errors import SimulatorError
 from sbiplat.settings import setting
 from sbiplat.signals import Interrupted, Signals
-from sbiplat.simulator import Simulator, check
+from sbiplat.simulator import CheckResult, Simulator, check
 
 ENDING_SECONDS = 0.3  # that a process which has closed its pipe may take to end
 LOOK_SECONDS = 0.5  # how often a child's death is looked for where its pipe does not tell
@@ -306,37 +306,36 @@ class Sandbox:
             self._wait()
 
 
-def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> None:
+def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> CheckResult | None:
     """The contract check in a child process; raises SimulatorError where the contract is broken or the child goes down.
 
-    With a time limit a call: where the check takes longer than all its calls may, it is broken off, and says nothing.
+    With a time limit a call: where the check takes longer than all its calls may, it is broken off, and the result is None.
     """
     def work(pipe: Connection) -> None:
         os.environ["SBIPLAT_SCRATCH"] = scratch
         try:
-            check(simulator, rows)
+            pipe.send(check(simulator, rows))
         except SimulatorError as error:
             pipe.send(str(error))
-        else:
-            pipe.send("")
 
     folder = tempfile.TemporaryDirectory(prefix="sbiplat-", ignore_cleanup_errors=True)
     with tempfile.TemporaryFile() as output, folder as scratch:
         child = fork(work, output.fileno())
         try:
             if not child.pipe.poll(None if time_limit is None else 2 * rows * time_limit):
-                return
-            found = child.pipe.recv()
+                return None
+            found: str | CheckResult = child.pipe.recv()
         except (EOFError, OSError):
             child.kill()
             found = (f"simulator {simulator.name!r} ended its process in one of its first rows ({end_of(child.wait())})"
-                     f"{last_line(output)}; mend it, or have such rows marked with --no-check")
+                     f"{last_line(output)}; mend it, or have such rows marked with simulate --no-check")
         finally:
             child.kill()
             with suppress(ChildProcessError):
                 child.wait()
-    if found:
+    if isinstance(found, str):
         raise SimulatorError(found)
+    return found
 
 
 class _SharedRows:

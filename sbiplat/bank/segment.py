@@ -89,6 +89,12 @@ def listing(folder: Path) -> list[Segment]:
     return sorted(found, key=lambda s: (s.first, -s.stop))
 
 
+def strangers(folder: Path) -> list[Path]:
+    """Files of a folder of segments that are neither segments by their names, nor temporary, nor set aside."""
+    names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    return [folder / n for n in names if not (_NAME.fullmatch(n) or n.startswith(".tmp-") or ".damaged-" in n)]
+
+
 def block_digest(theta: NDArray[Any], x: dict[str, NDArray[Any]], status: NDArray[Any]) -> bytes:
     """SHA-256 over the rows of one block (or the part of it that a bank has): theta, x by name, status."""
     digest = hashlib.sha256()

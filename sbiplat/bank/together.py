@@ -18,7 +18,7 @@ import numpy as np
 
 from sbiplat.simulator import Simulator
 
-GRACE = 30.0  # seconds that a rank which has raised waits for the others, without a time limit
+GRACE = 30.0  # seconds that a rank which has raised waits for the others; half the time limit, where there is one
 SIGNAL_GRACE = 10.0  # seconds from a signal to the end of a row that is to be finished
 
 
@@ -61,7 +61,7 @@ class Together:
                 error = f"{type(raised).__name__}: {raised}"
             alone = (f"simulator {self._simulator.name!r} raised on one rank ({error}) and the others wait for it in MPI, so the job ends; "
                      "committed rows are kept. Raise on all ranks of comm alike")
-            with deadline(self._limit or GRACE if error else None, alone):
+            with deadline((self._limit / 2 if self._limit else GRACE) if error else None, alone):
                 self._group.Barrier()
         return x, [e for e in self._group.allgather(error) if e]
 

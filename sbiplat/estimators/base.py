@@ -9,6 +9,7 @@ file in this folder and one line in `ESTIMATORS`.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -20,13 +21,23 @@ from sbiplat.observation import ObservationSpec
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import unknown
 
-ESTIMATORS = {"npe": "sbiplat.estimators.npe:NPE"}
+ESTIMATORS = {
+    "npe": "sbiplat.estimators.npe:NPE",
+    "npse": "sbiplat.estimators.npse:NPSE",
+    "fmpe": "sbiplat.estimators.fmpe:FMPE",
+}
 
 
 class Estimator(nn.Module):
-    """Base of estimators. `settings_class` is the frozen dataclass of the settings that shape it."""
+    """Base of estimators.
+
+    settings_class: the frozen dataclass of the settings that shape it. posterior: which sampler stands behind it, a name in
+    `posteriors.of_run`. training_defaults: what training takes where the user says nothing, such as `ema` and the number of steps.
+    """
 
     settings_class: ClassVar[type]
+    posterior: ClassVar[str] = "direct"
+    training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.0, "steps": 4000}
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
         """Set standardisation from rows of the bank, before training."""

@@ -28,7 +28,7 @@ from sbiplat.gate.criteria import NOT_TESTED, Criteria, Criterion, decide
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.posteriors.base import Posterior
-from sbiplat.posteriors.direct import from_run
+from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import Progress
 from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings

@@ -22,7 +22,7 @@ from sbiplat.progress import Progress
 from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import setting
-from sbiplat.simulator import Simulator
+from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 
 DEVICES = ("cpu", "cuda")
@@ -37,11 +37,13 @@ class TrainSettings:
     learning_rate: float | None = setting(None, "peak rate; by default 3e-3 sqrt(batch_size / 256), at most 5e-3", low=1e-8, high=1.0)
     optimizer: str = setting("adamw", "adamw, or muon for matrices and adamw for the rest", among=("adamw", "muon"))
     weight_decay: float = setting(1e-4, "decoupled weight decay", low=0.0, high=1.0)
-    max_epochs: int | None = setting(None, "epochs of the cosine; by default about 4000 steps, from 10 to 200 epochs", low=1)
+    max_epochs: int | None = setting(
+        None, "epochs of the cosine; by default about 4000 steps (npse, fmpe: 8000), from 10 to 200 epochs", low=1)
     warmup: float = setting(0.02, "share of all steps in which the rate rises", low=0.0, high=0.9)
     patience: int = setting(20, "epochs without a better validation loss before stopping", low=1)
     clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
-    ema: float = setting(0.0, "decay of the moving average of weights, a step; 0 for none", low=0.0, high=0.99999)
+    ema: float | None = setting(
+        None, "decay of the moving average of weights, a step; by default 0, none (npse, fmpe: 0.999)", low=0.0, high=0.99999)
     validation: float = setting(0.05, "share of rows for the validation loss", low=0.001, high=0.5)
     held_out: float | None = setting(
         None, "share of rows kept for the gate, which training never sees; by default a tenth, of a small bank up to a fifth for 500 rows",
@@ -54,15 +56,17 @@ class TrainSettings:
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", low=0.0)
 
 
-def filled(settings: TrainSettings, bank: Bank) -> TrainSettings:
-    """Defaults that depend on the size of the bank, as figures."""
+def filled(settings: TrainSettings, bank: Bank, defaults: Mapping[str, Any]) -> TrainSettings:
+    """Defaults that depend on the bank's size and on the estimator (its `training_defaults`), as figures."""
     values = asdict(settings)
     if settings.batch_size is None:
         values["batch_size"] = min(1024, max(64, 2 ** round(math.log2(max(bank.rows, 2) / 40))))
     if settings.learning_rate is None:
         values["learning_rate"] = min(5e-3, 3e-3 * math.sqrt(values["batch_size"] / 256))
     if settings.max_epochs is None:
-        values["max_epochs"] = min(200, max(10, round(4000 * values["batch_size"] / bank.rows)))
+        values["max_epochs"] = min(200, max(10, round(defaults["steps"] * values["batch_size"] / bank.rows)))
+    if settings.ema is None:
+        values["ema"] = defaults["ema"]
     if settings.held_out_most is None:
         values["held_out_most"] = min(5000, max(1000, int(settings.memory_mb * 2**17) // bank.header.x.row_bytes))
     if settings.held_out is None:
@@ -129,8 +133,11 @@ def same_training(record: Mapping[str, Any], out: Path) -> Run:
 def observe_of(bank: Bank, simulator: Simulator | str | None, command: str) -> Observe | None:
     """What makes x of the bank's rows, None where they are x; raises SimulatorError where a bank of signals has lost it."""
     if not bank.header.signals:
-        if isinstance(simulator, Simulator) and simulator.observe is not None:
-            raise SimulatorError(f"simulator {simulator.name!r} has an observe, and the bank {bank.path} was made without one: it holds x "
+        given = resolve(simulator) if simulator is not None else None
+        if given is not None and given.observe is not None:
+            raise SimulatorError(f"simulator {given.name!r} has an observe, and the bank {bank.path} was made without one: it holds x "
                                  "itself; simulate again into another --out")
+        if given is not None:
+            simulator_of(bank.header, bank.path, given, command)
         return None
     return simulator_of(bank.header, bank.path, simulator, command).observe

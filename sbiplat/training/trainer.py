@@ -69,7 +69,7 @@ def train(
     if "embedding" in settings:
         settings["embedding"] = embeddings.register(settings["embedding"])
     ours, theirs = split_settings(settings, TrainSettings, find(estimator).settings_class)
-    training = filled(build_settings(TrainSettings, ours), bank)
+    training = filled(build_settings(TrainSettings, ours), bank, find(estimator).training_defaults)
     prior = bank.header.prior
     shape = build_settings(find(estimator).settings_class, theirs)
     observe = observe_of(bank, simulator, f"sbiplat train {bank.path}")
@@ -223,7 +223,7 @@ class _Training:
             optimizer.step()
         if self.average is not None:
             now = self.estimator.state_dict()
-            decay = min(settings.ema, (1 + state["step"]) / (10 + state["step"]))
+            decay = min(settings.ema or 0.0, (1 + state["step"]) / (10 + state["step"]))
             floats = [k for k, v in now.items() if v.is_floating_point()]
             torch._foreach_lerp_([self.average[k] for k in floats], [now[k] for k in floats], 1 - decay)
         return value

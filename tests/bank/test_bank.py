@@ -75,7 +75,8 @@ def test_failed_rows_are_kept_with_their_status_and_message(bank):
     failed = bank.status == STATUS["raised"]
     assert np.isnan(bank.x["trace"][failed]).all()
     assert np.isfinite(bank.x["trace"][bank.status == STATUS["ok"]]).all()
-    assert bank.info()["first_failures"][0] == {"row": int(np.flatnonzero(failed)[0]), "message": "ValueError: unlucky row"}
+    assert bank.info()["first_failures"] == [
+        {"row": int(np.flatnonzero(failed)[0]), "message": "ValueError: unlucky row", "rows_alike": int(failed.sum())}]
 
 
 def test_a_batched_simulator_that_raises_marks_its_block(tmp_path):

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -454,3 +456,23 @@ def test_compact_does_not_launder_damage(sound, tmp_path):
     flip(first_segment(tmp_path / "b"), 0.6)
     with pytest.raises(BankError, match="SHA-256"):
         care.compact(tmp_path / "b")
+
+
+def test_a_renamed_segment_is_told_and_set_aside(tmp_path):
+    bank = sp.simulate("two_moons", 512, 1, tmp_path / "b", workers=1, progress=silent)
+    segment = next((tmp_path / "b" / "segments").iterdir())
+    segment.rename(segment.with_name("foo.h5"))
+    wrong = [str(p) for p in care.survey(tmp_path / "b").problems]
+    assert any("foo.h5" in line and "renamed" in line for line in wrong)
+    assert any("rows 0 to 511 are missing" in line for line in wrong)
+    assert care.repair(tmp_path / "b", progress=silent)[0].digest == bank.digest
+    assert not care.survey(tmp_path / "b").problems
+
+
+@pytest.mark.parametrize("words", [["bank", "plot", "b", "--out", "no/a.png"], ["bank", "pack", "b", "--out", "no/a.h5"]])
+def test_a_file_in_a_folder_that_is_not_there_is_one_line(words, tmp_path):
+    sp.simulate("two_moons", 64, 1, tmp_path / "b", workers=1, progress=silent)
+    result = subprocess.run([sys.executable, "-m", "sbiplat", *words], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 2
+    assert "there is no folder no" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

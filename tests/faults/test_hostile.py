@@ -395,3 +395,45 @@ def test_settings_beyond_reason_are_one_line(settings, says, tmp_path):
 
 def test_a_scalar_block_larger_than_memory_costs_nothing(tmp_path):
     assert fill(sound, 10, tmp_path / "b", block_size=2**31).complete
+
+
+# ------------------------------------------------------------------------------------------------- the contract check
+
+
+@pytest.mark.parametrize(("body", "code", "says"), [
+    ("import ctypes; ctypes.string_at(0)", 2, "ended its process in one of its first rows (killed by SIGSEGV)"),
+    ("import os; os._exit(3)", 2, "ended its process in one of its first rows (exit status 3)"),
+    ("import time; time.sleep(1000)", 0, "check broken off: its rows took longer than the time limit"),
+    ("print('noise')", 0, "check passed on 2 rows"),
+], ids=["segfault", "exit", "hang", "prints"])
+def test_the_card_survives_whatever_the_simulator_does(body, code, says, tmp_path):
+    (tmp_path / "s.py").write_text(
+        "import sbiplat as sp\n@sp.simulator(prior=sp.Prior({'a': sp.Normal(0, 1)}), x_shape=(1,))\n"
+        f"def s(theta, rng):\n    {body}\n    return theta + rng.standard_normal(1)\n")
+    words = [sys.executable, "-m", "sbiplat", "simulators", "s.py:s", "--rows", "2", "--time-limit", "0.3"]
+    result = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == code, result.stderr
+    assert says in (result.stdout if code == 0 else result.stderr)
+    assert "noise" not in result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_breach_in_the_first_rows_names_the_way_around(tmp_path):
+    odd = sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1)}), x_shape=(2,), name="odd")(lambda theta, rng: np.zeros(3 if theta[0] > -9 else 2))
+    with pytest.raises(sp.UserError, match=r"declared is .2,.*--no-check"):
+        fill(odd, 64, tmp_path / "b", checked=True)
+
+
+def test_info_shows_one_row_of_each_kind_of_failure(tmp_path):
+    @sp.simulator(prior=sp.Prior({"a": sp.Uniform(0, 1)}), x_shape=(1,))
+    def many_ways(theta, rng):
+        if theta[0] < 0.5:
+            raise ValueError(f"a = {theta[0]:.3f} is low")
+        if theta[0] < 0.6:
+            raise KeyError("rare")
+        return theta
+
+    bank = fill(many_ways, 300, tmp_path / "b")
+    kinds = bank.info()["first_failures"]
+    assert [k["message"].split(":")[0] for k in sorted(kinds, key=lambda k: -k["rows_alike"])] == ["ValueError", "KeyError"]
+    assert sum(k["rows_alike"] for k in kinds) == bank.status_counts()["raised"]

@@ -6,7 +6,7 @@ from conftest import NOISE, QUICK, line_posterior
 
 import sbiplat as sp
 from sbiplat.errors import ObservationError, PriorError
-from sbiplat.posteriors import direct
+from sbiplat.posteriors import passes
 from sbiplat.progress import silent
 
 
@@ -49,7 +49,7 @@ def test_draws_of_a_batch_belong_to_their_own_observation(posterior):
 
 @pytest.mark.parametrize("rows", [7, 100, 10**6])
 def test_draws_and_densities_do_not_depend_on_the_memory_of_a_pass(posterior, monkeypatch, rows):
-    monkeypatch.setattr(direct, "ROWS_PER_PASS", rows)
+    monkeypatch.setattr(passes, "ROWS_PER_PASS", rows)
     x = np.linspace(-1, 1, 10).reshape(5, 2)
     draws = posterior.sample(x, 60, seed=1)
     assert draws.shape == (5, 60, 2)

@@ -354,6 +354,6 @@ def test_an_embedding_of_double_precision_trains(line_bank, tmp_path):
 
 @pytest.mark.parametrize(("rows", "pairs"), [(6000, 600), (4000, 500), (1000, 200)])
 def test_small_banks_keep_more_for_the_gate(line_bank, rows, pairs):
-    filled = begin.filled(begin.TrainSettings(), line_bank.first(rows))
+    filled = begin.filled(begin.TrainSettings(), line_bank.first(rows), NPE.training_defaults)
     apart = split(line_bank.first(rows), 0, filled.validation, filled.held_out, filled.held_out_most)
     assert len(apart.held_out) == pairs

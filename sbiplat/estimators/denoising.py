@@ -1,0 +1,96 @@
+r"""What score (NPSE) and flow-matching (FMPE) estimators share: the denoiser of whitened parameters.
+
+A Gaussian head on the context whitens z, :math:`w = A(c)(z - \mu(c))`, fitted by its own likelihood; the field is left with the
+shape, at unit scale however narrow the posterior is. w is turned into noise along a quarter of a circle, and the net predicts the
+velocity back (Salimans & Ho, 2022; Lu & Song, 2024),
+
+.. math:: z_t = \cos t \; w + \sin t \; \varepsilon, \qquad F(z_t, t, c) \approx \mathbb{E}[\sin t \; w - \cos t \; \varepsilon \,|\, z_t],
+          \qquad \frac{dz}{dt} = -F, \quad 0 \le t < \pi / 2 .
+
+z_t and the target have unit variance at every t; for a Gaussian posterior F = 0. Every path :math:`\alpha w + \sigma \varepsilon` of a
+diffusion or an interpolant is this one with the noise level :math:`s = \sigma / \alpha = \tan t`, up to a known scaling (Karras et al.,
+2022): paths differ in which s they train on, and how they weigh them. From F follow, with y = w + s e,
+
+.. math:: D = \mathbb{E}[w \,|\, y] = \cos t \; z_t + \sin t \; F, \qquad \nabla_y \log p_s(y) = \frac{D - y}{s^2} .
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sbiplat.estimators.base import Architecture
+from sbiplat.estimators.conditioned import Conditioned, ConditionedSettings
+from sbiplat.nets.fields import Field
+from sbiplat.nets.flows import GaussianHead, standard_normal_log_prob
+from sbiplat.settings import setting
+
+LEAST, MOST = 1e-3, 80.0  # noise levels, in units of the whitened posterior
+SOLVERS = ("heun", "dpm", "sde")
+
+
+@dataclass(frozen=True)
+class DenoisingSettings(ConditionedSettings):
+    """What shapes the field, and how draws are made of it."""
+
+    hidden: int = setting(128, "width of the field", low=1, high=65536)
+    blocks: int = setting(4, "residual blocks of the field", low=1, high=256)
+    noises: int = setting(8, "noise levels a row and step", low=1, high=1024)
+    solver: str = setting("heun", "heun (two evaluations a step), dpm (DPM-Solver++ 2M, one), or sde (its stochastic form)", among=SOLVERS)
+    steps: int = setting(12, "steps of the solver", low=2, high=10000)
+    trace: str = setting("exact", "trace of the Jacobian in log_prob: exact, or hutchinson's estimate", among=("exact", "hutchinson"))
+
+
+class Denoising(Conditioned):
+    """Base of NPSE and FMPE, which state `levels` and `weight`."""
+
+    posterior = "diffusion"
+    training_defaults = {"ema": 0.999, "steps": 8000}
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        self.settings: DenoisingSettings = architecture.settings
+        self.head = GaussianHead(architecture.dim, self.width)
+        self.field = Field(architecture.dim, self.width, self.settings.hidden, self.settings.blocks)
+
+    def levels(self, u: Tensor) -> Tensor:
+        """Noise levels s of uniform u in (0, 1): what the field is trained on."""
+        raise NotImplementedError
+
+    def weight(self, s: Tensor) -> Tensor:
+        """The weight of |F - target|^2 at s."""
+        raise NotImplementedError
+
+    def velocity_back(self, z: Tensor, t: Tensor, conditions: Tensor) -> Tensor:
+        """F(z, t, c) for z (B, n, D), angles t (B, n, 1) or (1, 1, 1), and the field's conditions of B contexts."""
+        return self.field(z, t.tan().clamp(LEAST, MOST).log(), conditions)
+
+    def denoise(self, y: Tensor, s: Tensor, conditions: Tensor) -> Tensor:
+        """E[w | y] for y = w + s e, with s as t above."""
+        t = s.atan()
+        return t.cos().square() * y + t.sin() * self.velocity_back(t.cos() * y, t, conditions)
+
+    def score(self, y: Tensor, s: Tensor, conditions: Tensor) -> Tensor:
+        """The gradient of log p_s(y)."""
+        return (self.denoise(y, s, conditions) - y) / s.square()
+
+    def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        """The field's weighted squared error and the head's negative log-likelihood, (B,)."""
+        context = self.context(x)
+        mu, A, log_det = self.head(context)
+        w = (A @ (self.scaled(theta) - mu).unsqueeze(-1)).squeeze(-1)
+        gaussian = -standard_normal_log_prob(w) - log_det
+        count = self.settings.noises
+        strata = (torch.rand(len(w), 1, 1, device=w.device) + torch.arange(count, device=w.device)[:, None] / count) % 1
+        s = self.levels(strata.clamp(1e-6, 1 - 1e-6)).clamp(LEAST, MOST)
+        t, w, noise = s.atan(), w.detach()[:, None], torch.randn(len(w), count, self.dim, device=w.device)
+        error = self.velocity_back(t.cos() * w + t.sin() * noise, t, self.field.conditions(context)) - (t.sin() * w - t.cos() * noise)
+        return gaussian + (self.weight(s)[..., 0] * error.square().sum(-1)).mean(1)
+
+
+def log_uniform(u: Tensor) -> Tensor:
+    """Levels between the least and the most, each octave alike."""
+    return torch.exp(math.log(LEAST) + u * math.log(MOST / LEAST))

@@ -1,0 +1,24 @@
+"""The posterior of a run: which sampler stands behind which estimator."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from sbiplat.posteriors.base import Posterior
+from sbiplat.runs import Run
+
+SAMPLERS = {
+    "direct": "sbiplat.posteriors.direct:DirectSampler",
+    "diffusion": "sbiplat.posteriors.diffusion:DiffusionSampler",
+}
+
+
+def from_run(run: Run, device: str = "cpu", **provenance: Any) -> Posterior:
+    """The posterior of a finished run, whether or not it is certified: `sbiplat.load` is the door for users."""
+    run.require_finished()
+    estimator = run.estimator(device)
+    module, _, attribute = SAMPLERS[estimator.posterior].partition(":")
+    sampler = getattr(importlib.import_module(module), attribute)(estimator, device)
+    return Posterior(run.prior, run.x, sampler, {"run": str(run.path), "weights_digest": run.weights_digest,
+                                                 "bank_digest": run.bank_digest, **provenance})
