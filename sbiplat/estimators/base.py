@@ -24,6 +24,7 @@ from sbiplat.settings import unknown
 ESTIMATORS = {
     "npe": "sbiplat.estimators.npe:NPE",
     "npse": "sbiplat.estimators.npse:NPSE",
+    "nle": "sbiplat.estimators.nle:NLE",
     "fmpe": "sbiplat.estimators.fmpe:FMPE",
 }
 
@@ -33,10 +34,12 @@ class Estimator(nn.Module):
 
     settings_class: the frozen dataclass of the settings that shape it. posterior: which sampler stands behind it, a name in
     `posteriors.of_run`. training_defaults: what training takes where the user says nothing, such as `ema` and the number of steps.
+    most_failed: the largest share of failed rows of a bank that it may leave out.
     """
 
     settings_class: ClassVar[type]
     posterior: ClassVar[str] = "direct"
+    most_failed: ClassVar[float] = 1.0
     training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.0, "steps": 4000}
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:

@@ -72,3 +72,19 @@ class Standardise(nn.Module):
                 value = soft_clip((value - getattr(self, f"loc_{name}")) / getattr(self, f"scale_{name}"))
             out[name] = value.float()
         return out
+
+    def log_slopes(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """log |d out / d x| of every feature."""
+        out = {}
+        for name, how in self.transforms.items():
+            value, slope = transform(x[name], how), torch.zeros_like(x[name])
+            if how == "log":
+                slope = -value
+            elif how == "asinh":
+                slope = -0.5 * torch.log1p(x[name].square())
+            if self.scale:
+                scale = getattr(self, f"scale_{name}")
+                excess = ((value - getattr(self, f"loc_{name}")) / scale).abs() - KNEE
+                slope = slope - scale.log() - torch.log1p(excess.clamp_min(0))
+            out[name] = slope
+        return out

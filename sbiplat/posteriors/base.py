@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -38,13 +38,15 @@ class Posterior:
     A density over theta follows from that over z by the prior's bijection,
     :math:`\log q(\theta | x) = \log q(z | x) - \log |d\theta / dz|`.
 
-    provenance: what is written into every file of draws (weights and bank digest, certificate).
+    provenance: what is written into every file of draws (weights and bank digest, certificate). changed_prior: the prior in force,
+    where it is not that of the bank (`with_prior`).
     """
 
     prior: Prior
     x: ObservationSpec
     sampler: Sampler
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    changed_prior: Prior | None = None
 
     def sample(self, x: Any, n: int, *, seed: int | None = None) -> Array:
         """n draws of theta given x: (n, D); given a batch of B observations: (B, n, D).
@@ -78,6 +80,30 @@ class Posterior:
         log_q = self.sampler.log_prob(z.astype(np.float32), fields) - self.prior.log_abs_det_jacobian(z)
         return np.where(inside, log_q, -np.inf).reshape(theta.shape[:-1])
 
+    def with_prior(self, prior: Prior) -> Posterior:
+        r"""The posterior under another prior of the same parameters, for estimators that learn the likelihood (nle).
+
+        .. math:: p'(\theta | x) \propto q(x | \theta) \, p'(\theta)
+
+        Its support must lie within the bank's prior's: the likelihood is not known elsewhere. A certificate does not cover it. Raises
+        PriorError, and SettingError where the estimator has no likelihood.
+        """
+        if not hasattr(self.sampler, "under"):
+            raise SettingError("this estimator learns the posterior under the bank's prior, which cannot be changed; train nle for that")
+        if prior.names != self.prior.names:
+            raise PriorError(f"the other prior must be of the same parameters, {', '.join(self.prior.names)}")
+        (low, high), (new_low, new_high) = self.prior.support, prior.support
+        for k, name in enumerate(prior.names):
+            if new_low[k] < low[k] or new_high[k] > high[k]:
+                raise PriorError(f"the other prior reaches from {new_low[k]:g} to {new_high[k]:g} in {name}, beyond the bank's, "
+                                 f"{low[k]:g} to {high[k]:g}: the likelihood is not known there; truncate it")
+
+        def log_prior(z: Array) -> Array:
+            return prior.log_prob(self.prior.constrain(z)) + self.prior.log_abs_det_jacobian(z)
+
+        provenance = {**self.provenance, "certified": "no", "refusal": "the prior was changed after the gate", "certificate": None}
+        return replace(self, sampler=self.sampler.under(log_prior), provenance=provenance, changed_prior=prior)
+
     def unconstrained_sample(self, fields: Fields, n: int, seed: int) -> Array:
         """(B, n, D) draws of z, for diagnostics."""
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
@@ -99,7 +125,9 @@ class Posterior:
         """
         seed = fresh_seed() if seed is None else whole_seed(seed)
         fields, batched = self.x.batch(x)
-        return to_arviz(self.prior, fields, batched, self.sample(x, n, seed=seed), seed, self.provenance)
+        draws = self.sample(x, n, seed=seed)
+        facts = {**self.provenance, **getattr(self.sampler, "diagnostics", {})}
+        return to_arviz(self.changed_prior or self.prior, fields, batched, draws, seed, facts)
 
 
 def fresh_seed() -> int:

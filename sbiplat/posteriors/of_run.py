@@ -11,6 +11,7 @@ from sbiplat.runs import Run
 SAMPLERS = {
     "direct": "sbiplat.posteriors.direct:DirectSampler",
     "diffusion": "sbiplat.posteriors.diffusion:DiffusionSampler",
+    "likelihood": "sbiplat.posteriors.likelihood:LikelihoodSampler",
 }
 
 
@@ -19,6 +20,7 @@ def from_run(run: Run, device: str = "cpu", **provenance: Any) -> Posterior:
     run.require_finished()
     estimator = run.estimator(device)
     module, _, attribute = SAMPLERS[estimator.posterior].partition(":")
-    sampler = getattr(importlib.import_module(module), attribute)(estimator, device)
+    prior = (run.prior.unconstrained_log_prob,) if estimator.posterior == "likelihood" else ()
+    sampler = getattr(importlib.import_module(module), attribute)(estimator, *prior, device=device)
     return Posterior(run.prior, run.x, sampler, {"run": str(run.path), "weights_digest": run.weights_digest,
                                                  "bank_digest": run.bank_digest, **provenance})

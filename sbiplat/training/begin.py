@@ -15,7 +15,7 @@ from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import STATUS, simulator_of
 from sbiplat.bank.stream import Split
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
-from sbiplat.estimators.base import Architecture
+from sbiplat.estimators.base import Architecture, find
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe
 from sbiplat.progress import Progress
@@ -105,8 +105,12 @@ def check_new(bank: Bank, architecture: Architecture, seed: int, apart: Split, o
     problems = bank.verify(progress)
     if problems:
         raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
+    share, most = apart.left_out / bank.rows, find(architecture.estimator).most_failed
+    if share > most:
+        raise RunError(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed, and {architecture.estimator} may leave out at most "
+                       f"{most:.2%}: its likelihood would be that of simulations that succeed; return an x in such rows, or use npe")
     if apart.left_out:
-        progress.say(f"{apart.left_out} of {bank.rows} rows ({apart.left_out / bank.rows:.2%}) failed and are left out: "
+        progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: "
                      "the posterior is given that a simulation succeeds")
 
 

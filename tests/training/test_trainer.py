@@ -22,8 +22,9 @@ from sbiplat.runs import Run
 from sbiplat.training import begin, trainer
 
 
-def train(bank, out, **settings):
-    return sp.train(bank, "npe", out=out, progress=silent, **{**QUICK, **settings})
+def train(bank, out, estimator="npe", **settings):
+    quick = QUICK if estimator == "npe" else {k: v for k, v in QUICK.items() if k not in ("flow", "embedding_hidden")}
+    return sp.train(bank, estimator, out=out, progress=silent, **{**quick, **settings})
 
 
 def test_npe_finds_the_gaussian_posterior(line_run):
@@ -43,7 +44,8 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(line_bank, tmp
 
 @pytest.mark.parametrize("settings", [
     {}, {"ema": 0.99}, {"optimizer": "muon", "embedding_hidden": [64, 64]}, {"memory_mb": 1.0, "flow": "nsf", "transforms": 1}, {"flow": "mog"},
-], ids=["adamw", "ema", "muon", "streamed", "mog"])
+    {"estimator": "npse"}, {"estimator": "fmpe"}, {"estimator": "nle"},
+], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle"])
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(line_bank, tmp_path, monkeypatch, settings):
     settings = {"max_epochs": 3, **settings}
     if "memory_mb" in settings:

@@ -1,0 +1,118 @@
+r"""Neural likelihood estimation: a conditional density of the data given the parameters (Papamakarios et al., 2019),
+
+.. math:: \min \; - \mathbb{E}_{p(\theta)\, p(x | \theta)} \log q(x | z(\theta)),
+
+and the posterior by sampling :math:`\log q(x | z) + \log p(z)`. Independent observations of one theta add their log-likelihoods, and the
+prior may be changed after training. Beside the likelihood a small mixture of Gaussians learns r(z | x): where chains start, and the
+proposal of importance sampling.
+
+x is standardised as for every estimator; log q(x | z) is the density of x itself, with the Jacobians of its transforms. Features that
+are constant in the bank say nothing. Whole-numbered features are smoothed by uniform noise of one unit in training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from sbiplat.errors import SettingError
+from sbiplat.estimators.base import Architecture, Estimator
+from sbiplat.nets import embeddings, flows
+from sbiplat.nets.standardise import Standardise, robust_scale
+from sbiplat.settings import setting
+
+MOST_FEATURES = 512
+SAMPLERS = ("slice", "importance")
+
+
+@dataclass(frozen=True)
+class NLESettings:
+    """What shapes neural likelihood estimation, and how its posterior is sampled."""
+
+    flow: str = setting("nsf", "the conditional density of x", among=tuple(flows.FLOWS))
+    transforms: int = setting(3, "transforms of the flow", low=1, high=64)
+    hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536)
+    bins: int = setting(8, "bins of a spline flow", low=2, high=256)
+    components: int = setting(8, "components of mixtures of Gaussians, the proposal's too", low=1, high=1024)
+    activation: str = setting("silu", "activation of every net", among=tuple(embeddings.ACTIVATIONS))
+    context_hidden: tuple[int, ...] = setting(
+        (64, 64), "widths of the hidden layers from theta to the likelihood's context, and from x to the proposal's", low=1, high=65536)
+    context: int = setting(32, "size of both contexts", low=1, high=65536)
+    sampler: str = setting("slice", "slice (ensemble slice sampling), or importance (resampling of the proposal)", among=SAMPLERS)
+    chains: int = setting(40, "chains an observation", low=4, high=100_000)
+    warmup: int = setting(60, "steps of each chain that are dropped", low=0, high=1_000_000)
+    thin: int = setting(5, "steps from one kept draw of a chain to the next", low=1, high=100_000)
+    proposals: int = setting(2000, "draws of the proposal for evidence and importance weights, at least", low=100, high=10**7)
+
+
+class NLE(Estimator):
+    """The densities q(x | z) and r(z | x); see the module's docstring."""
+
+    settings_class = NLESettings
+    posterior = "likelihood"
+    most_failed = 0.01
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.settings: NLESettings = architecture.settings
+        self.spec, self.dim, self.gaussianised = architecture.x, architecture.dim, architecture.gaussianised
+        size = self.spec.size
+        if size > MOST_FEATURES:
+            raise SettingError(f"nle models the density of all of x, which is {size} numbers; at most {MOST_FEATURES} make sense: "
+                               "let the simulator return summaries, or use npe, npse or fmpe")
+        self.standardise = Standardise(self.spec)
+        for name, value in (("loc", torch.zeros), ("scale", torch.ones)):
+            self.register_buffer(f"theta_{name}", value(self.dim))
+        self.register_buffer("varies", torch.ones(size, dtype=torch.bool))
+        self.register_buffer("unit", torch.zeros(size))  # of whole-numbered features, after standardisation
+        settings = self.settings
+        hidden = settings.hidden or (64,)
+        self.of_theta = _mlp(self.dim, settings.context_hidden, settings.context, settings.activation)
+        self.of_x = _mlp(size, settings.context_hidden, settings.context, settings.activation)
+        self.likelihood = flows.build(settings.flow, size, settings.context,
+                                      flows.Shape(settings.transforms, hidden, settings.bins, settings.components, settings.activation))
+        self.proposal = flows.build("mog", self.dim, settings.context,
+                                    flows.Shape(1, (64,), settings.bins, settings.components, settings.activation))
+
+    def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
+        self.standardise.fit(x)
+        if not self.gaussianised:
+            loc, scale = robust_scale(theta.cpu().numpy())
+            self.theta_loc.copy_(torch.as_tensor(loc))
+            self.theta_scale.copy_(torch.as_tensor(scale))
+        raw = torch.cat([v.reshape(len(v), -1).double() for v in x.values()], dim=1)
+        self.varies.copy_((raw != raw[:1]).any(0))
+        plain = torch.cat([torch.full((v[0].numel(),), self.spec.transform[k] == "none") for k, v in x.items()])
+        scale = torch.cat([getattr(self.standardise, f"scale_{k}").flatten().double() for k in x])
+        self.unit.copy_(torch.where(plain & (raw == raw.round()).all(0) & self.varies, 1 / scale, 0.0))
+
+    @torch.no_grad()
+    def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{"x": standardised (B, F), constants at 0; "log_det": of the standardisation, (B,)}."""
+        slopes = embeddings.flatten(self.standardise.log_slopes(x))
+        values = embeddings.flatten(self.standardise(x))
+        return {"x": torch.where(self.varies, values, 0.0), "log_det": torch.where(self.varies, slopes, 0.0).sum(1).float()}
+
+    def scaled(self, theta: Tensor) -> Tensor:
+        """Unconstrained theta at unit scale."""
+        return (theta - self.theta_loc) / self.theta_scale
+
+    def log_likelihood(self, theta: Tensor, values: Tensor) -> Tensor:
+        """log q of standardised x (N, F) given unconstrained theta (N, D): (N,), without the standardisation's log_det."""
+        return self.likelihood.log_prob(values, self.of_theta(self.scaled(theta)))
+
+    def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        values = x["x"]
+        proposal = self.proposal.log_prob(self.scaled(theta), self.of_x(values))
+        smooth = values + self.unit * (torch.rand_like(values) - 0.5)
+        smooth = torch.where(self.varies, smooth, torch.randn_like(values))  # a density of a constant has no bound
+        return -self.log_likelihood(theta, smooth) - x["log_det"] - proposal
+
+
+def _mlp(size: int, hidden: tuple[int, ...], out: int, activation: str) -> nn.Module:
+    sizes = [size, *hidden]
+    layers = [m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), embeddings.ACTIVATIONS[activation]())]
+    return nn.Sequential(*layers, nn.Linear(sizes[-1], out))
