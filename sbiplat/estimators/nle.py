@@ -25,7 +25,7 @@ from sbiplat.nets.standardise import Standardise, robust_scale
 from sbiplat.settings import setting
 
 MOST_FEATURES = 512
-SAMPLERS = ("slice", "importance")
+SAMPLERS = ("auto", "slice", "importance")
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class NLESettings:
     context_hidden: tuple[int, ...] = setting(
         (64, 64), "widths of the hidden layers from theta to the likelihood's context, and from x to the proposal's", low=1, high=65536)
     context: int = setting(32, "size of both contexts", low=1, high=65536)
-    sampler: str = setting("slice", "slice (ensemble slice sampling), or importance (resampling of the proposal)", among=SAMPLERS)
+    sampler: str = setting("auto", "slice (ensemble slice sampling), importance (resampling of the proposal), or auto: importance where it "
+                           "can be trusted, slice elsewhere", among=SAMPLERS)
     chains: int = setting(40, "chains an observation", low=4, high=100_000)
     warmup: int = setting(60, "steps of each chain that are dropped", low=0, high=1_000_000)
-    thin: int = setting(5, "steps from one kept draw of a chain to the next", low=1, high=100_000)
+    thin: int = setting(3, "steps from one kept draw of a chain to the next", low=1, high=100_000)
     proposals: int = setting(2000, "draws of the proposal for evidence and importance weights, at least", low=100, high=10**7)
 
 

@@ -41,11 +41,12 @@ class Proposal(Protocol):
 def ensemble_slice(
     potential: Potential, start: Tensor, steps: int, generator: torch.Generator, proposal: Proposal | None = None
 ) -> Tensor:
-    """Run chains from start (B, C, D), C even: (B, steps, C, D)."""
+    """Run chains from start (B, C, D), C even: (B, steps, C, D). A step is a slice move for every two parameters, and a jump."""
     batch, chains, dim = start.shape
     device, half = start.device, chains // 2
     owner = torch.arange(batch, device=device)[:, None].expand(batch, half)
     state = start.clone()
+    halves = [(slice(0, half), slice(half, chains)), (slice(half, chains), slice(0, half))] * max(1, dim // 2)
     everyone = torch.arange(batch, device=device).repeat_interleave(chains)
     value = potential(state.reshape(-1, dim), everyone).view(batch, chains)
     length = INTERVAL / math.sqrt(2 * dim)
@@ -55,7 +56,7 @@ def ensemble_slice(
         return torch.rand(shape, generator=generator, device=device)
 
     for step in range(steps):
-        for move, stay in ((slice(0, half), slice(half, chains)), (slice(half, chains), slice(0, half))):
+        for move, stay in halves:
             first = (uniform(batch, half) * half).long().clamp_max(half - 1)
             other = (first + 1 + (uniform(batch, half) * (half - 1)).long().clamp_max(half - 2)) % half
             still = state[:, stay]

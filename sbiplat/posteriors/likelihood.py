@@ -49,26 +49,35 @@ class LikelihoodSampler(Contexts):
     @torch.no_grad()
     def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
         """(B, n, D); fixed by the seed, n and B. Raises ChainError."""
-        settings = self.estimator.settings
         generator = torch.Generator(self.device).manual_seed(stream(seed))
         values, _ = self._observed(x)
-        worst, sizes, out = [], [], []
-        per_pass = max(1, CHAIN_ROWS // settings.chains)
-        for part in values.split(per_pass):
-            draws, judged, size = (self._resampled if settings.sampler == "importance" else self._chains)(part, n, generator)
-            out.append(draws)
-            worst.append(judged)
-            sizes.append(size)
-        chains = settings.sampler == "slice"
-        figure, limit = ("r_hat", MOST_R_HAT) if chains else ("k_hat", MOST_K_HAT)
-        judged, size = np.concatenate(worst), np.concatenate(sizes)
-        self.diagnostics = {f"{figure}_max": float(judged.max()), "ess_min": float(size.min())}
-        bad = np.flatnonzero(~(judged <= limit))
-        if len(bad) > TOLERATED * len(judged):
-            mend = "give more warmup or chains, or train longer" if chains else "use sampler = 'slice', or train longer"
-            where = "" if len(judged) == 1 else f" in {len(bad)} of {len(judged)} observations, the first is number {bad[0]}"
-            raise ChainError(f"the draws are not to be used: {figure} {judged[bad[0]]:.2f} is over {limit:g}{where}; {mend}")
-        return np.concatenate(out)
+        parts = [self._drawn(part, n, generator) for part in values.split(max(1, CHAIN_ROWS // max(self.estimator.settings.chains, n)))]
+        draws, r_hats, k_hats, sizes = (np.concatenate(column) for column in zip(*parts, strict=True))
+        by_chains = ~np.isnan(r_hats)
+        self.diagnostics = {"ess_min": float(sizes.min()), "by_chains": int(by_chains.sum())}
+        for figure, judged, limit, mend in (("r_hat", r_hats[by_chains], MOST_R_HAT, "give more warmup or chains, or train longer"),
+                                            ("k_hat", k_hats[~by_chains], MOST_K_HAT, "use sampler = 'slice', or train longer")):
+            if len(judged):
+                self.diagnostics[f"{figure}_max"] = float(judged.max())
+            bad = judged[~(judged <= limit)]
+            if len(bad) > TOLERATED * len(draws):
+                where = "" if len(draws) == 1 else f" in {len(bad)} of {len(draws)} observations"
+                raise ChainError(f"the draws are not to be used: {figure} {bad.max():.2f} is over {limit:g}{where}; {mend}")
+        return draws
+
+    def _drawn(self, values: Tensor, n: int, generator: torch.Generator) -> tuple[NDArray[np.float32], Array, Array, Array]:
+        """Draws, R-hat (NaN without chains), k-hat and effective size of each observation; `auto` chooses for each."""
+        how = self.estimator.settings.sampler
+        count = len(values)
+        if how == "slice":
+            draws, r_hats, sizes = self._chains(values, n, generator)
+            return draws, r_hats, np.full(count, np.nan), sizes
+        draws, k_hats, sizes = self._resampled(values, n, generator)
+        r_hats = np.full(count, np.nan)
+        poor = np.flatnonzero(~((k_hats <= MOST_K_HAT) & (sizes >= n / 2))) if how == "auto" else np.zeros(0, int)
+        if len(poor):
+            draws[poor], r_hats[poor], sizes[poor] = self._chains(values[torch.as_tensor(poor, device=self.device)], n, generator)
+        return draws, r_hats, k_hats, sizes
 
     @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
@@ -131,14 +140,14 @@ class LikelihoodSampler(Contexts):
         return z[torch.arange(len(z), device=self.device)[:, None], which]
 
     def _resampled(self, values: Tensor, n: int, generator: torch.Generator) -> tuple[NDArray[np.float32], Array, Array]:
-        """Sampling and importance resampling, from at least ten proposal draws for each that is kept."""
+        """Sampling and importance resampling, from at least four proposal draws for each that is kept."""
         log_w, z, _ = self._weights_for(values, n, generator)
         share = np.exp(log_w - log_w.max(1, keepdims=True))
         size = np.square(share.sum(1)) / np.square(share).sum(1)
         return self._resample(log_w, z, n, generator).cpu().numpy(), np.array([pareto_k(row) for row in log_w]), size
 
     def _weights_for(self, values: Tensor, n: int, generator: torch.Generator) -> tuple[Array, Tensor, Array]:
-        rounds = max(1, -(-10 * n // self.estimator.settings.proposals))
+        rounds = max(1, -(-4 * n // self.estimator.settings.proposals))
         parts = [self._weights(values, generator) for _ in range(rounds)]
         log_w, z = np.concatenate([p[0] for p in parts], axis=1), torch.cat([p[1] for p in parts], dim=1)
         return log_w, z, parts[0][2]

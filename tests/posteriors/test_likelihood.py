@@ -98,7 +98,7 @@ def test_k_hat_tells_a_proposal_that_is_too_narrow():
 # --------------------------------------------------------------------------------------------------- a whole posterior
 
 
-@pytest.mark.parametrize("sampler", ["slice", "importance"])
+@pytest.mark.parametrize("sampler", ["auto", "slice", "importance"])
 def test_the_gaussian_posterior_is_found(sampler, run):
     posterior = sp.load(run, allow_uncertified=True)
     posterior.sampler.estimator.settings = replace(posterior.sampler.estimator.settings, sampler=sampler)
@@ -133,7 +133,7 @@ def test_the_prior_may_be_changed(posterior):
     np.testing.assert_allclose(changed.log_prob(theta, x), stats.norm(mean, precision**-0.5).logpdf(theta).sum(1), atol=0.2)
     facts = changed.to_arviz(x, 40, seed=0).posterior.attrs
     assert facts["certified"] == "no"
-    assert facts["r_hat_max"] < 1.1
+    assert max(facts.get("r_hat_max", 1.0), facts.get("k_hat_max", 0.0)) < 1.1
 
 
 def test_a_prior_that_cannot_be_changed_so_is_one_line(posterior, line_run, tmp_path):
@@ -147,12 +147,29 @@ def test_the_gate_certifies_it(run):
     assert sp.gate(run, progress=silent).passed
 
 
-def test_bad_chains_are_refused(posterior, monkeypatch):
+def test_bad_draws_are_refused(run, monkeypatch):
+    posterior = sp.load(run, allow_uncertified=True)
+    settings = posterior.sampler.estimator.settings
     monkeypatch.setattr(likelihood, "MOST_R_HAT", 0.9)
+    posterior.sampler.estimator.settings = replace(settings, sampler="slice")
     with pytest.raises(likelihood.ChainError, match=r"r_hat 1.* is over 0.9; give more warmup"):
         posterior.sample(np.zeros(2), 100, seed=0)
     with pytest.raises(likelihood.ChainError, match="in 3 of 3 observations"):
         posterior.sample(np.zeros((3, 2)), 100, seed=0)
+    monkeypatch.setattr(likelihood, "MOST_K_HAT", -9.0)
+    posterior.sampler.estimator.settings = replace(settings, sampler="importance")
+    with pytest.raises(likelihood.ChainError, match=r"k_hat .* is over -9; use sampler = 'slice'"):
+        posterior.sample(np.zeros(2), 100, seed=0)
+
+
+def test_auto_takes_chains_where_importance_cannot_be_trusted(run, monkeypatch):
+    posterior = sp.load(run, allow_uncertified=True)
+    posterior.sample(np.zeros((3, 2)), 500, seed=0)
+    assert posterior.sampler.diagnostics["by_chains"] == 0
+    monkeypatch.setattr(likelihood, "MOST_K_HAT", -9.0)
+    draws = posterior.sample(np.zeros((3, 2)), 500, seed=0)
+    assert posterior.sampler.diagnostics["by_chains"] == 3
+    np.testing.assert_allclose(draws.std(1), np.tile(line_posterior([0, 0])[1], (3, 1)), rtol=0.2)
 
 
 # ------------------------------------------------------------------------------------------------------- awkward data

@@ -10,9 +10,9 @@ from scipy.special import expit
 
 from sbiplat.errors import ObservationError
 from sbiplat.simulator import check, resolve
-from simulators import bernoulli_glm, gaussian_linear, sir, slcp, two_moons
+from simulators import bernoulli_glm, gaussian_linear, gaussian_linear_uniform, gaussian_mixture, lotka_volterra, sir, slcp, two_moons
 
-NAMES = ("two_moons", "gaussian_linear", "slcp", "sir", "bernoulli_glm")
+NAMES = ("two_moons", "gaussian_linear", "gaussian_linear_uniform", "gaussian_mixture", "slcp", "sir", "bernoulli_glm", "lotka_volterra")
 
 # Nothing cut; cut where theta_1 + theta_2 changes sign; 4/5 cut by two edges of the prior.
 MOONS = {"whole": np.array([-0.64, 0.16]), "touching": np.array([0.30, 0.60]), "cornered": np.array([-1.06, 0.02])}
@@ -274,3 +274,53 @@ def test_glm_statistics_have_the_exponential_familys_moments(rng):
     assert within_error(residual, 0)
     expected = bernoulli_glm.V.T @ (rate * (1 - rate) * bernoulli_glm.V.T).T
     assert within_error(np.einsum("ni,nj->nij", residual, residual), expected)
+
+
+# ------------------------------------------------------------------------------- gaussian linear uniform, gaussian mixture
+
+
+@pytest.mark.parametrize("x", [np.linspace(-0.9, 0.9, 10), np.full(10, 1.8), np.linspace(-2.5, 0, 10)], ids=["inside", "beyond", "both"])
+def test_gaussian_linear_uniform_is_a_cut_gaussian(x, rng):
+    draws = gaussian_linear_uniform.posterior_sampler(x, 20_000, rng)
+    scale = gaussian_linear_uniform.SCALE
+    law = stats.truncnorm((-1 - x) / scale, (1 - x) / scale, loc=x, scale=scale)
+    assert min(stats.kstest(draws[:, k], lambda t, k=k: law.cdf(np.broadcast_to(t[:, None], (len(t), 10)))[:, k]).pvalue for k in range(10)) > 1e-4
+    theta = np.clip(draws[:50], -0.999, 0.999)
+    np.testing.assert_allclose(gaussian_linear_uniform.posterior_log_prob(theta, x), law.logpdf(theta).sum(1), rtol=1e-6)
+    assert gaussian_linear_uniform.posterior_log_prob(np.full((1, 10), 1.01), x)[0] == -np.inf
+
+
+@pytest.mark.parametrize("x", [np.array([1.0, -3.0]), np.array([9.8, 10.4])], ids=["inside", "cornered"])
+def test_gaussian_mixture_integrates_to_one_and_draws_follow_it(x, rng):
+    axes = [np.unique(np.concatenate([np.linspace(-10, 10, 2001), np.clip(c + np.linspace(-0.6, 0.6, 1201), -10, 10)])) for c in x]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    p = np.exp(gaussian_mixture.posterior_log_prob(grid.reshape(-1, 2), x)).reshape(grid.shape[:2])
+    assert integrate.trapezoid(integrate.trapezoid(p, axes[1]), axes[0]) == pytest.approx(1, abs=2e-3)
+    draws = gaussian_mixture.posterior_sampler(x, 20_000, rng)
+    marginal = integrate.trapezoid(p, axes[1])
+    cdf = integrate.cumulative_trapezoid(marginal, axes[0], initial=0)
+    assert stats.kstest(draws[:, 0], lambda t: np.interp(t, axes[0], cdf / cdf[-1])).pvalue > 1e-4
+
+
+def test_gaussian_mixture_simulates_its_likelihood(rng):
+    x = gaussian_mixture.gaussian_mixture(np.tile([2.0, -1.0], (20_000, 1)), rng)
+    assert within_error(x, [2.0, -1.0])
+    assert within_error((x - [2.0, -1.0]) ** 2, [0.505, 0.505])
+
+
+# ----------------------------------------------------------------------------------------------------- Lotka-Volterra
+
+
+def test_lotka_volterra_solves_its_equations_and_has_log_normal_noise(rng):
+    theta = np.array([[0.7, 0.06, 0.9, 0.04], [1.5, 0.02, 0.5, 0.1]])
+    for row, found in zip(theta, lotka_volterra.log_populations(theta), strict=True):
+        a, b, c, d = row
+        exact = integrate.solve_ivp(lambda t, y, a=a, b=b, c=c, d=d: [a - b * np.exp(y[1]), d * np.exp(y[0]) - c], (0, 19),
+                                    lotka_volterra.START, t_eval=lotka_volterra.DAYS, rtol=1e-10, atol=1e-10).y
+        np.testing.assert_allclose(found, exact.reshape(-1), atol=1e-5)
+    x = lotka_volterra.lotka_volterra(np.tile(theta[:1], (5000, 1)), rng)
+    z = (np.log(x) - lotka_volterra.log_populations(theta[:1])) / 0.1
+    assert within_error(z, 0)
+    assert within_error(z**2, 1)
+    law = stats.lognorm(0.1, scale=np.exp(lotka_volterra.log_populations(theta[:1])))
+    np.testing.assert_allclose(lotka_volterra.log_likelihood(np.tile(theta[:1], (3, 1)), x[:3]), law.logpdf(x[:3]).sum(1), rtol=1e-5)
