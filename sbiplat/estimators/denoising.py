@@ -80,8 +80,7 @@ class Denoising(Conditioned):
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The field's weighted squared error and the head's negative log-likelihood, (B,)."""
         context = self.context(x)
-        mu, A, log_det = self.head(context)
-        w = (A @ (self.scaled(theta) - mu).unsqueeze(-1)).squeeze(-1)
+        w, log_det = self.head.whiten(self.scaled(theta), context)
         gaussian = -standard_normal_log_prob(w) - log_det
         count = self.settings.noises
         strata = (torch.rand(len(w), 1, 1, device=w.device) + torch.arange(count, device=w.device)[:, None] / count) % 1

@@ -52,12 +52,25 @@ class GaussianHead(nn.Module):
         self.net = nn.Linear(context, 2 * dim + dim * (dim - 1) // 2)
         nn.init.normal_(self.net.weight, std=1e-2)
         nn.init.zeros_(self.net.bias)
-        self.register_buffer("below", torch.tril_indices(dim, dim, -1), persistent=False)
+        below = torch.tril_indices(dim, dim, -1)
+        self.register_buffer("below", below, persistent=False)
+        self.register_buffer("row_of", torch.nn.functional.one_hot(below[0], dim).float(), persistent=False)
+
+    def _parts(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """mu, log of A's diagonal, and the unit-diagonal factor's entries below it."""
+        mu, log_diagonal, rest = self.net(context).split([self.dim, self.dim, self.below.shape[1]], dim=-1)
+        return mu, 8 * torch.tanh(log_diagonal / 8), rest  # within e^-8 .. e^8 of the prior's scale
+
+    def whiten(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """w (..., D) and log det A (...): one context a row, so the matrices are not formed."""
+        mu, log_diagonal, rest = self._parts(context)
+        gap = z - mu
+        across = (rest * gap.index_select(-1, self.below[1])) @ self.row_of
+        return log_diagonal.exp() * (gap + across), log_diagonal.sum(-1)
 
     def forward(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mu (..., D), A (..., D, D) and log det A (...)."""
-        mu, log_diagonal, rest = self.net(context).split([self.dim, self.dim, self.below.shape[1]], dim=-1)
-        log_diagonal = 8 * torch.tanh(log_diagonal / 8)  # within e^-8 .. e^8 of the prior's scale
+        mu, log_diagonal, rest = self._parts(context)
         diagonal = log_diagonal.exp()
         A = torch.diag_embed(diagonal)
         A[..., self.below[0], self.below[1]] = rest * diagonal[..., self.below[0]]
@@ -73,8 +86,7 @@ class Whitened(ConditionalDensity):
         self.inner = inner
 
     def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
-        mu, A, log_det = self.head(context)
-        w = (A @ (z - mu).unsqueeze(-1)).squeeze(-1)
+        w, log_det = self.head.whiten(z, context)
         return self.inner.log_prob(w, context) + log_det
 
     def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:

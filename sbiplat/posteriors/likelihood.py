@@ -27,6 +27,7 @@ MOST_R_HAT, MOST_K_HAT = 1.1, 0.7
 TOLERATED = 0.02  # share of a batch's observations that may be worse
 CHAIN_ROWS = 65_536
 DRAWS_A_CHAIN, MOST_CHAINS = 20, 2000
+CACHED_NUMBERS = 2**21
 LEAST_STEPS = 60  # that R-hat is taken over
 Array = NDArray[np.float64]
 LogPrior = Callable[[Array], Array]
@@ -108,9 +109,10 @@ class LikelihoodSampler(Contexts):
         return torch.cat([p["x"] for p in parts]), torch.cat([p["log_det"] for p in parts]).double().cpu().numpy()
 
     def _potential(self, values: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        rows = max(256, min(passes.ROWS_PER_PASS, CACHED_NUMBERS // values.shape[1] ** 2))  # the head has F^2 / 2 numbers a row
+
         def potential(z: Tensor, owner: Tensor) -> Tensor:
             prior = torch.as_tensor(self.log_prior(z.double().cpu().numpy()), device=self.device).float()
-            rows = passes.ROWS_PER_PASS
             parts = [self.estimator.log_likelihood(z[a:a + rows], values[owner[a:a + rows]]) for a in range(0, len(z), rows)]
             return torch.nan_to_num(torch.cat(parts) + prior, nan=-torch.inf) if parts else prior
 

@@ -103,3 +103,14 @@ def test_the_fast_inverse_is_zukos_own(name, dim):
         for transform in flow.transform.transforms:
             exact = transform(context[:, None].expand(-1, 50, -1)).inv(y)
             torch.testing.assert_close(MaskedInverse(transform)(y, context), exact, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 7])
+def test_the_head_whitens_as_its_matrices_do(dim):
+    head, z, context = flows.GaussianHead(dim, 3), torch.randn(50, dim), torch.randn(50, 3)
+    torch.nn.init.normal_(head.net.weight)
+    mu, A, log_det = head(context)
+    w, own = head.whiten(z, context)
+    torch.testing.assert_close(w, (A @ (z - mu).unsqueeze(-1)).squeeze(-1), rtol=1e-4, atol=1e-4)
+    for given in (own, log_det):
+        torch.testing.assert_close(given, torch.linalg.slogdet(A)[1], rtol=1e-4, atol=1e-4)
