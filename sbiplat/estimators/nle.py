@@ -44,7 +44,7 @@ class NLESettings:
     sampler: str = setting("auto", "slice (ensemble slice sampling), importance (resampling of the proposal), or auto: importance where it "
                            "can be trusted, slice elsewhere", among=SAMPLERS)
     chains: int = setting(40, "chains an observation", low=4, high=100_000)
-    warmup: int = setting(60, "steps of each chain that are dropped", low=0, high=1_000_000)
+    warmup: int = setting(100, "steps of each chain that are dropped", low=0, high=1_000_000)
     thin: int = setting(3, "steps from one kept draw of a chain to the next", low=1, high=100_000)
     proposals: int = setting(2000, "draws of the proposal for evidence and importance weights, at least", low=100, high=10**7)
 

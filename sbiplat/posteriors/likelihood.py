@@ -28,7 +28,7 @@ TOLERATED = 0.02  # share of a batch's observations that may be worse
 CHAIN_ROWS = 65_536
 DRAWS_A_CHAIN, MOST_CHAINS = 20, 2000
 CACHED_NUMBERS = 2**21
-LEAST_STEPS = 60  # that R-hat is taken over
+LEAST_STEPS = 120  # that R-hat is taken over
 Array = NDArray[np.float64]
 LogPrior = Callable[[Array], Array]
 
@@ -158,7 +158,7 @@ class LikelihoodSampler(Contexts):
         settings = self.estimator.settings
         chains = max(settings.chains, min(n // DRAWS_A_CHAIN, MOST_CHAINS)) // 2 * 2  # many draws take more chains, not longer ones
         log_w, z, _ = self._weights(values, generator)
-        start = self._resample(log_w, z, chains, generator)
+        start = self._resample(_tempered(log_w, chains), z, chains, generator)
         start = start + 1e-3 * z.std(1, keepdim=True) * torch.randn(start.shape, generator=generator, device=self.device)  # no two alike
         steps = max(-(-n // chains) * settings.thin, LEAST_STEPS)
         whole = ensemble_slice(self._potential(values), start, settings.warmup + steps, generator,
@@ -167,6 +167,19 @@ class LikelihoodSampler(Contexts):
         draws = whole[:, settings.thin - 1::settings.thin].reshape(len(values), -1, whole.shape[-1])
         order = torch.randperm(draws.shape[1], generator=generator, device=self.device)[:n]
         return draws[:, order].cpu().numpy(), r_hat(record).max(1), effective_size(record).min(1)
+
+
+def _tempered(log_w: Array, wanted: int) -> Array:
+    """Weights raised to the largest power of 1, 1/2, 1/4 ... that leaves each observation so many effective draws: chains that start as
+    copies of a few draws have no differences to move along."""
+    out = log_w - log_w.max(1, keepdims=True)
+    for _ in range(12):
+        share = np.exp(out)
+        few = np.square(share.sum(1)) < wanted * np.square(share).sum(1)
+        if not few.any():
+            break
+        out[few] *= 0.5
+    return out
 
 
 class _Proposal:
