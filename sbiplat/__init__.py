@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sbiplat.gate.certificate import Certificate, gate, load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
+    from sbiplat.posteriors.nearest import nearest
     from sbiplat.prior import Beta, Gamma, HalfNormal, LogNormal, LogUniform, MultivariateNormal, Normal, Prior, TruncatedNormal, Uniform
     from sbiplat.report.page import report
     from sbiplat.runs import Run
@@ -39,6 +40,7 @@ _HOMES = {
     "sbiplat.gate.certificate": ("Certificate", "gate", "load"),
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
+    "sbiplat.posteriors.nearest": ("nearest",),
     "sbiplat.prior": ("Beta", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Prior",
                       "TruncatedNormal", "Uniform"),
     "sbiplat.report.page": ("report",),
@@ -51,7 +53,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
     "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "gate", "load",
-    "read_observation", "report", "simulate", "simulator", "train",
+    "nearest", "read_observation", "report", "simulate", "simulator", "train",
 ]
 
 

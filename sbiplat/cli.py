@@ -251,6 +251,33 @@ def bank_plot(
     show(as_json, {"path": str(draw(Bank.open(bank), out))}, str(out))
 
 
+@bank_app.command("query", epilog="Example: sbiplat bank query moons.bank --observation x.npy --n 1000 --out nearest.nc")
+def bank_query(
+    bank: BankPath,
+    observation: Annotated[Path, typer.Option(help=".npy, .npz, .csv or .h5 of one observation or a batch.")],
+    n: Annotated[int, typer.Option(help="Draws for each observation.")],
+    out: Annotated[Path, typer.Option(help=".nc (ArviZ), .h5 or .csv")],
+    keep: Annotated[float, typer.Option(help="Share of the bank's rows that is kept; at least 100 rows.")] = 0.01,
+    adjust: Annotated[bool, typer.Option(help="Move the kept rows by regression.")] = True,
+    summaries: Annotated[Path | None, typer.Option(help="A run whose contexts serve as summaries in place of x.")] = None,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """A first answer without training: the bank's rows nearest to the observation (regression-adjusted ABC)."""
+    from sbiplat.bank.bank import Bank
+    from sbiplat.observation import read_observation
+    from sbiplat.posteriors.export import check_target
+    from sbiplat.posteriors.nearest import nearest
+    from sbiplat.runs import Run
+
+    check_target(out)
+    opened = Bank.open(bank)
+    posterior = nearest(opened, keep=keep, adjust=adjust, summaries=Run.open(summaries) if summaries else None)
+    warn(f"uncertified: {posterior.provenance['refusal']}")
+    x = read_observation(observation, opened.header.x)
+    _write_draws(posterior, x, posterior.sample(x, n, seed=seed), out, n, seed, as_json)
+
+
 @bank_app.command("compact", epilog="Example: sbiplat bank compact moons.bank")
 def bank_compact(bank: BankPath, as_json: Json = False) -> None:
     """Merge the small segments that many restarts left into ones of about 64 MB; the digest stays."""
@@ -340,7 +367,7 @@ def sample(
     """Draw from a certified posterior; exit 4 if it is not certified."""
     from sbiplat.gate.certificate import load
     from sbiplat.observation import read_observation
-    from sbiplat.posteriors.export import check_target, write_draws
+    from sbiplat.posteriors.export import check_target
     from sbiplat.runs import Run
 
     check_target(out)
@@ -352,7 +379,13 @@ def sample(
         warn(f"certified by thresholds that were changed: {posterior.provenance['own_thresholds']}")
     x = read_observation(observation, opened.x)
     theta = posterior.sample(x, n, seed=seed)
-    write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, posterior.provenance)
+    _write_draws(posterior, x, theta, out, n, seed, as_json)
+
+
+def _write_draws(posterior: Any, x: Any, theta: Any, out: Path, n: int, seed: int, as_json: bool) -> None:
+    from sbiplat.posteriors.export import write_draws
+
+    write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, posterior.facts)
     rows = [f"{name:16} {theta[..., k].mean():12.5g} +- {theta[..., k].std():.3g} {unit}".rstrip()
             for k, (name, unit) in enumerate(zip(posterior.prior.names, posterior.prior.units, strict=True))]
     summary = {"out": str(out), "n": n, "seed": seed, "certified": posterior.provenance["certified"] == "yes",
@@ -462,7 +495,8 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-_COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "plot", "train", "gate", "sample", "report", "run")
+_COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "plot", "query", "train", "gate",
+             "sample", "report", "run")
 
 
 def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:

@@ -126,8 +126,12 @@ class Posterior:
         seed = fresh_seed() if seed is None else whole_seed(seed)
         fields, batched = self.x.batch(x)
         draws = self.sample(x, n, seed=seed)
-        facts = {**self.provenance, **getattr(self.sampler, "diagnostics", {})}
-        return to_arviz(self.changed_prior or self.prior, fields, batched, draws, seed, facts)
+        return to_arviz(self.changed_prior or self.prior, fields, batched, draws, seed, self.facts)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What is written into files of draws: the provenance, and the figures of the last draws where a sampler has any."""
+        return {**self.provenance, **getattr(self.sampler, "diagnostics", {})}
 
 
 def fresh_seed() -> int:

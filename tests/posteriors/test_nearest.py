@@ -1,0 +1,73 @@
+"""The bank's nearest rows: right where regression makes it exact, blunt without, in bounded passes, and its mistakes in one line."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import line_posterior
+
+import sbiplat as sp
+from sbiplat.errors import SettingError
+from sbiplat.posteriors import nearest as room
+from sbiplat.progress import silent
+
+
+def test_regression_finds_the_gaussian_posterior_and_rejection_alone_is_wider(line_bank):
+    x = np.array([0.5, -0.8])
+    mean, sd = line_posterior(x)
+    adjusted = sp.nearest(line_bank, keep=0.1).sample(x, 20_000, seed=0)
+    np.testing.assert_allclose(adjusted.mean(0), mean, atol=0.12 * sd.max())
+    np.testing.assert_allclose(adjusted.std(0), sd, rtol=0.12)
+    plain = sp.nearest(line_bank, keep=0.1, adjust=False).sample(x, 20_000, seed=0)
+    assert np.all(plain.std(0) > 1.05 * adjusted.std(0))
+
+
+def test_a_runs_contexts_serve_as_summaries(line_bank, line_run):
+    x = np.array([0.5, -0.8])
+    draws = sp.nearest(line_bank, keep=0.1, summaries=line_run).sample(x, 20_000, seed=0)
+    np.testing.assert_allclose(draws.mean(0), line_posterior(x)[0], atol=0.3)
+
+
+def test_passes_and_batches_change_nothing(line_bank, monkeypatch):
+    x = np.array([[0.5, -0.8], [2.0, 1.0], [0.0, 0.0]])
+    whole = sp.nearest(line_bank).sample(x, 100, seed=0)
+    scales = room.SCALE_ROWS
+    monkeypatch.setattr(room, "PASS_BYTES", 100_000)
+    monkeypatch.setattr(room, "SCALE_ROWS", 600)
+    parts = sp.nearest(line_bank)
+    assert parts.sampler._rows_a_pass < len(line_bank) < scales
+    assert whole.shape == parts.sample(x, 100, seed=0).shape == (3, 100, 2)
+    monkeypatch.setattr(room, "SCALE_ROWS", scales)
+    monkeypatch.setattr(room, "PASS_BYTES", 2**26)
+    again = sp.nearest(line_bank)
+    again.sampler._rows_a_pass = 700
+    np.testing.assert_array_equal(again.sample(x, 100, seed=0), whole)
+
+
+def test_failed_rows_are_never_kept(tmp_path):
+    @sp.simulator(prior=sp.Prior({"a": sp.Uniform(0, 1)}), x_shape=(1,), batched=True)
+    def half(theta, rng):
+        x = theta + 0.01 * rng.standard_normal(theta.shape)
+        x[theta[:, 0] < 0.5] = np.nan
+        return x
+
+    bank = sp.simulate(half, 2000, 1, tmp_path / "b", workers=1, progress=silent)
+    assert sp.nearest(bank, keep=1.0, adjust=False).sample(np.array([0.2]), 500, seed=0).min() >= 0.5
+
+
+def test_no_density_no_certificate_and_mistakes_in_one_line(line_bank, tmp_path):
+    posterior = sp.nearest(line_bank)
+    assert posterior.to_arviz(np.zeros(2), 10, seed=0).posterior.attrs["certified"] == "no"
+    with pytest.raises(NotImplementedError, match="no density"):
+        posterior.log_prob(np.zeros(2), np.zeros(2))
+    with pytest.raises(SettingError, match="between 0 and 1"):
+        sp.nearest(line_bank, keep=2)
+    np.save(tmp_path / "x.npy", np.zeros(2))
+    words = [sys.executable, "-m", "sbiplat", "bank", "query", str(line_bank.path), "--observation", "x.npy", "--n", "50", "--out", "d.csv"]
+    made = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "uncertified" in made.stderr
+    assert len((tmp_path / "d.csv").read_text().splitlines()) == 51
+    made = subprocess.run([*words, "--keep", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
+    assert made.returncode == 2
