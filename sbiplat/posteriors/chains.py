@@ -50,7 +50,7 @@ def ensemble_slice(
     everyone = torch.arange(batch, device=device).repeat_interleave(chains)
     value = potential(state.reshape(-1, dim), everyone).view(batch, chains)
     length = INTERVAL / math.sqrt(2 * dim)
-    out = torch.empty(batch, steps, chains, dim, device=device)
+    out = torch.empty(batch, steps, chains, dim, device=device, dtype=start.dtype)
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(shape, generator=generator, device=device)
