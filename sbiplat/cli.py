@@ -268,11 +268,10 @@ def bank_query(
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.export import check_target
     from sbiplat.posteriors.nearest import nearest
-    from sbiplat.runs import Run
 
     check_target(out)
     opened = Bank.open(bank)
-    posterior = nearest(opened, keep=keep, adjust=adjust, summaries=Run.open(summaries) if summaries else None)
+    posterior = nearest(opened, keep=keep, adjust=adjust, summaries=summaries)
     warn(f"uncertified: {posterior.provenance['refusal']}")
     x = read_observation(observation, opened.header.x)
     _write_draws(posterior, x, posterior.sample(x, n, seed=seed), out, n, seed, as_json)

@@ -40,7 +40,7 @@ class DenoisingSettings(ConditionedSettings):
     blocks: int = setting(3, "residual blocks of the field", low=1, high=256)
     noises: int = setting(2, "noise levels a row and step", low=1, high=1024)
     solver: str = setting("heun", "heun (two evaluations a step), dpm (DPM-Solver++ 2M, one), or sde (its stochastic form)", among=SOLVERS)
-    steps: int = setting(12, "steps of the solver", low=2, high=10000)
+    steps: int = setting(12, "steps of the solver", low=4, high=10000)
     trace: str = setting("exact", "trace of the Jacobian in log_prob: exact, or hutchinson's estimate", among=("exact", "hutchinson"))
 
 

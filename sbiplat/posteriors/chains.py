@@ -124,6 +124,7 @@ def pareto_k(log_weights: NDArray[np.float64]) -> float:
     import warnings
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         import arviz
-    return float(arviz.psislw(np.asarray(log_weights, float))[1])
+
+        return float(arviz.psislw(np.asarray(log_weights, float))[1])

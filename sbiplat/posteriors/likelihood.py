@@ -82,12 +82,15 @@ class LikelihoodSampler(Contexts):
 
     @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
-        """log q(x | z) + log p(z) - log Z, with Z by importance sampling."""
+        """log q(x | z) + log p(z) - log Z, with Z by importance sampling; raises ChainError where that cannot be trusted."""
         values, _ = self._observed(x)
         points = torch.as_tensor(z, device=self.device)
         batch, n, dim = points.shape
-        generator = torch.Generator(self.device).manual_seed(stream(0))
-        log_z = self._weights(values, generator)[2]
+        log_z, k_hats = self._evidence(values)
+        bad = k_hats[~(k_hats <= MOST_K_HAT)]
+        if len(bad) > TOLERATED * batch:
+            raise ChainError(f"the density is not to be used: its evidence has k_hat {bad.max():.2f}, over {MOST_K_HAT:g}, in {len(bad)} of "
+                             f"{batch} observations; train longer, or use draws alone")
         owner = torch.arange(batch, device=self.device).repeat_interleave(n)
         return self._potential(values)(points.reshape(-1, dim), owner).double().cpu().numpy().reshape(batch, n) - log_z[:, None]
 
@@ -95,8 +98,17 @@ class LikelihoodSampler(Contexts):
     def log_evidence(self, x: Fields) -> tuple[Array, Array]:
         """log p(x) under the model for each observation, (B,), and the Pareto k-hat of its weights, (B,)."""
         values, log_det = self._observed(x)
-        log_w, _, log_z = self._weights(values, torch.Generator(self.device).manual_seed(stream(0)))
-        return log_z + log_det, np.array([pareto_k(row) for row in log_w])
+        log_z, k_hats = self._evidence(values)
+        return log_z + log_det, k_hats
+
+    def _evidence(self, values: Tensor) -> tuple[Array, Array]:
+        """log Z of standardised x and its k-hat, each observation from the same stream, whatever stands beside it in a batch."""
+        log_z, k_hats = [], []
+        for row in values.split(1):
+            log_w, _, value = self._weights(row, torch.Generator(self.device).manual_seed(stream(0)))
+            log_z.append(value[0])
+            k_hats.append(pareto_k(log_w[0]))
+        return np.array(log_z), np.array(k_hats)
 
     def under(self, log_prior: LogPrior) -> LikelihoodSampler:
         """The same likelihood under another prior."""
@@ -114,7 +126,8 @@ class LikelihoodSampler(Contexts):
         def potential(z: Tensor, owner: Tensor) -> Tensor:
             prior = torch.as_tensor(self.log_prior(z.double().cpu().numpy()), device=self.device).float()
             parts = [self.estimator.log_likelihood(z[a:a + rows], values[owner[a:a + rows]]) for a in range(0, len(z), rows)]
-            return torch.nan_to_num(torch.cat(parts) + prior, nan=-torch.inf) if parts else prior
+            value = torch.cat(parts) + prior if parts else prior
+            return torch.where(value.isnan(), -torch.inf, value)
 
         return potential
 
@@ -134,6 +147,9 @@ class LikelihoodSampler(Contexts):
             draws.append(z)
         weights = torch.cat(log_w).double().cpu().numpy()
         top = weights.max(1, keepdims=True)
+        if not np.isfinite(top).all():
+            raise ChainError("no draw of the proposal has any posterior density: x is far from the bank, or the prior was changed to one "
+                             "that hardly overlaps with the posterior under the bank's")
         return weights, torch.cat(draws), (top + np.log(np.exp(weights - top).mean(1, keepdims=True)))[:, 0]
 
     def _resample(self, log_w: Array, z: Tensor, n: int, generator: torch.Generator) -> Tensor:

@@ -35,9 +35,9 @@ class Contexts:
 
     def passes(self, batch: int, n: int) -> Iterator[tuple[slice, slice]]:
         """Observations and draws of each pass: several observations with all their draws, or one with some of them."""
-        per_pass = max(1, ROWS_PER_PASS // n)
+        per_pass = max(1, ROWS_PER_PASS // max(1, n))
         for a in range(0, batch, per_pass):
-            for first in range(0, n, ROWS_PER_PASS):
+            for first in range(0, max(1, n), ROWS_PER_PASS):
                 yield slice(a, min(a + per_pass, batch)), slice(first, min(first + ROWS_PER_PASS, n))
 
     @staticmethod

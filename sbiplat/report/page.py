@@ -36,7 +36,7 @@ from sbiplat.simulator import Simulator, available, resolve
 Array = NDArray[np.float64]
 PRIOR_DRAWS = 50_000
 LEAST_DRAWS = 100
-UNITS_OF_LOSS = {"npe": "nats"}
+UNITS_OF_LOSS = {"npe": "nats", "nle": "nats"}
 NOT_TESTED = {
     "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior",
     "misspecification": "whether your observation is of the kind that the simulator makes; the certificate speaks only of data "

@@ -133,4 +133,5 @@ def test_the_gaussian_posterior_is_found(name, settings, line_bank, tmp_path):
         assert sp.gate(run, progress=silent).passed
         batch = np.zeros((3, 2))
         assert posterior.sample(batch, 7, seed=1).shape == (3, 7, 2)
+        assert posterior.log_prob(np.zeros((0, 2)), batch[0]).shape == (0,)
         assert np.array_equal(posterior.sample(batch, 7, seed=1), posterior.sample(batch, 7, seed=1))

@@ -225,3 +225,21 @@ def test_an_image_is_too_much(tmp_path):
     bank = sp.simulate(image, 1000, 1, tmp_path / "b", workers=1, progress=silent)
     with pytest.raises(SettingError, match="900 numbers"):
         sp.train(bank, "nle", out=tmp_path / "run", progress=silent, **QUICK_NLE)
+
+
+def test_a_density_whose_evidence_cannot_be_trusted_is_refused(posterior):
+    x = np.array([1.0, -1.5])
+    narrow = sp.Prior({"slope": sp.TruncatedNormal(20.0, 0.001, low=19.0, high=21.0), "offset": sp.Normal(0.0, 1.0)})
+    with pytest.raises(likelihood.ChainError, match=r"no draw of the proposal|k_hat"):
+        posterior.with_prior(narrow).log_prob(np.array([20.0, 0.0]), x)
+    half = posterior.with_prior(sp.Prior({"slope": sp.TruncatedNormal(1.0, 2.0, low=1.0), "offset": sp.Normal(0.0, 1.0)}))
+    assert half.log_prob(np.array([0.5, -1.0]), x) == -np.inf
+    grid = np.stack(np.meshgrid(np.linspace(1, 7, 121), np.linspace(-4, 2, 121), indexing="ij"), -1).reshape(-1, 2)
+    assert np.exp(half.log_prob(grid, x)).sum() * 0.05**2 == pytest.approx(1, abs=0.05)
+
+
+def test_a_density_does_not_depend_on_its_neighbours_in_a_batch(posterior):
+    rng = np.random.default_rng(0)
+    x, theta = rng.standard_normal((3, 2)), rng.standard_normal((3, 2))
+    one_by_one = [float(posterior.log_prob(t, o)) for t, o in zip(theta, x, strict=True)]
+    np.testing.assert_allclose(posterior.log_prob(theta, x), one_by_one, atol=1e-4)

@@ -8,7 +8,7 @@ import pytest
 from conftest import line_posterior
 
 import sbiplat as sp
-from sbiplat.errors import SettingError
+from sbiplat.errors import BankError, SettingError
 from sbiplat.posteriors import nearest as room
 from sbiplat.progress import silent
 
@@ -59,7 +59,7 @@ def test_failed_rows_are_never_kept(tmp_path):
 def test_no_density_no_certificate_and_mistakes_in_one_line(line_bank, tmp_path):
     posterior = sp.nearest(line_bank)
     assert posterior.to_arviz(np.zeros(2), 10, seed=0).posterior.attrs["certified"] == "no"
-    with pytest.raises(NotImplementedError, match="no density"):
+    with pytest.raises(SettingError, match="no density"):
         posterior.log_prob(np.zeros(2), np.zeros(2))
     with pytest.raises(SettingError, match="between 0 and 1"):
         sp.nearest(line_bank, keep=2)
@@ -71,3 +71,33 @@ def test_no_density_no_certificate_and_mistakes_in_one_line(line_bank, tmp_path)
     assert len((tmp_path / "d.csv").read_text().splitlines()) == 51
     made = subprocess.run([*words, "--keep", "0"], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert made.returncode == 2
+
+
+def test_figures_of_a_batch_are_the_worst_of_it_and_foreign_summaries_are_refused(line_bank, line_run, tmp_path):
+    far, near = [30.0, 30.0], [0.0, 0.0]
+    posterior = sp.nearest(line_bank)
+    posterior.sample(np.array([far, near]), 5, seed=0)
+    first = dict(posterior.facts)
+    posterior.sample(np.array([near, far]), 5, seed=0)
+    assert posterior.facts == first
+    assert first["farthest"] > 5
+
+    @sp.simulator(prior=sp.Prior({"slope": sp.Normal(0, 1), "offset": sp.Normal(0, 1)}), x_shape=(2,), batched=True)
+    def other(theta, rng):
+        return theta + rng.standard_normal(theta.shape)
+
+    bank = sp.simulate(other, 200, 1, tmp_path / "b", workers=1, progress=silent)
+    with pytest.raises(SettingError, match="give a run of this bank's simulator"):
+        sp.nearest(bank, summaries=line_run.path)
+    with pytest.raises(BankError, match="has 50 rows that did not fail; a query needs at least 100"):
+        sp.nearest(sp.simulate(other, 50, 1, tmp_path / "few", workers=1, progress=silent))
+
+
+def test_a_first_pass_of_failed_rows_is_passed_over(tmp_path, monkeypatch):
+    @sp.simulator(prior=sp.Prior({"a": sp.Uniform(0, 1)}), x_shape=(1,), batched=True)
+    def late(theta, rng):
+        return np.where(rng.random() < 0.7, np.nan, theta + 0.01 * rng.standard_normal(theta.shape))
+
+    bank = sp.simulate(late, 4000, 1, tmp_path / "b", workers=1, block_size=10, progress=silent, checked=False)
+    monkeypatch.setattr(room, "PASS_BYTES", 1)
+    assert sp.nearest(bank).sample(np.array([0.5]), 50, seed=0).mean() == pytest.approx(0.5, abs=0.02)
