@@ -89,8 +89,8 @@ class LikelihoodSampler(Contexts):
         log_z, k_hats = self._evidence(values)
         bad = k_hats[~(k_hats <= MOST_K_HAT)]
         if len(bad) > TOLERATED * batch:
-            raise ChainError(f"the density is not to be used: its evidence has k_hat {bad.max():.2f}, over {MOST_K_HAT:g}, in {len(bad)} of "
-                             f"{batch} observations; train longer, or use draws alone")
+            raise ChainError(f"the density is not to be used: the evidence has k_hat {bad.max():.2f}, over {MOST_K_HAT:g}, in "
+                             f"{len(bad)} of {batch} observations; train longer, or use draws alone")
         owner = torch.arange(batch, device=self.device).repeat_interleave(n)
         return self._potential(values)(points.reshape(-1, dim), owner).double().cpu().numpy().reshape(batch, n) - log_z[:, None]
 
