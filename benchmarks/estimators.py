@@ -1,0 +1,55 @@
+"""What each estimator costs and reaches at its defaults, on Two Moons: training, held-out log-density (optimum 3.80), draws for one x.
+
+python benchmarks/estimators.py            # one thread
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import Cells, table
+
+import sbiplat as sp
+from sbiplat.errors import UserError
+from sbiplat.progress import silent
+from simulators.two_moons import two_moons
+
+ROWS, DRAWS, PAIRS = 10_000, 100_000, 1000
+
+
+def measure(estimator: str) -> dict[str, Any]:
+    rng = np.random.default_rng(20260801)
+    theta = two_moons.prior.sample(rng, PAIRS)
+    x = two_moons(theta, rng)
+    with tempfile.TemporaryDirectory() as folder:
+        bank = sp.simulate(two_moons, ROWS, 1, Path(folder) / "bank", workers=1, progress=silent)
+        start = time.monotonic()
+        run = sp.train(bank, estimator, out=Path(folder) / "run", progress=silent)
+        training = time.monotonic() - start
+        posterior = sp.load(run, allow_uncertified=True)
+        start = time.monotonic()
+        posterior.sample(x[0], DRAWS, seed=1)
+        sampling = time.monotonic() - start
+        try:
+            log_q = float(posterior.log_prob(theta, x).mean())
+        except UserError as error:
+            log_q = float("nan")
+            print(f"{estimator}: {error}")
+    return {"training_seconds": training, "held_out_log_prob": log_q, "sampling_seconds": sampling}
+
+
+def main() -> None:
+    cells = Cells("estimators")
+    rows = []
+    for name in ("npe", "npse", "fmpe", "nle"):
+        cell = cells.measure(name, lambda name=name: measure(name))
+        rows.append([name, cell["training_seconds"], cell["held_out_log_prob"], cell["sampling_seconds"]])
+    print(table(rows, ["estimator", "training, s", "held-out log-density", f"{DRAWS} draws for one x, s"]))
+
+
+if __name__ == "__main__":
+    main()
