@@ -29,6 +29,7 @@ from sbiplat.errors import BankError
 from sbiplat.progress import Progress, silent
 
 CHUNK_BYTES = 16 * 2**20
+MOST_KINDS = 1000
 
 
 @dataclass(frozen=True)
@@ -260,11 +261,11 @@ class Bank:
 
     def info(self) -> dict[str, Any]:
         """What `sbiplat bank info` shows; plain JSON."""
-        seconds, messages = 0.0, {}
+        seconds, kinds = 0.0, FailureKinds()
         for part in self._opened:
             time, text = segment.facts(part.segment)
             seconds += float(time.sum(dtype=float))
-            messages.update(text)
+            kinds.add(text)
         return {
             "path": str(self.path), "format_version": FORMAT_VERSION, "simulator": self.header.simulator["name"],
             "rows": self.rows, "present": self.present, "complete": self.complete,
@@ -274,7 +275,7 @@ class Bank:
             "simulation_seconds": seconds, "parameters": list(self.header.prior.names),
             "x": self.header.x.to_json()["shapes"], "dtype": self.header.x.dtype, "created": self.header.created,
             "versions": self.header.versions,
-            "first_failures": _by_kind(messages),
+            "first_failures": kinds.first(),
         }
 
     def pack(self, out: str | Path, progress: Progress = silent) -> Path:
@@ -334,9 +335,22 @@ def _open_packed(path: Path) -> Bank:
     return Bank(path, header, [segment.inspect(Segment(path, 0, header.rows), header)])
 
 
-def _by_kind(messages: dict[int, str], most: int = 10) -> list[dict[str, Any]]:
-    """The first row of each kind of failure and how many are like it; messages that differ in numbers alone are one kind."""
-    kinds: dict[str, list[int]] = {}
-    for row in sorted(messages):
-        kinds.setdefault(re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?", "#", messages[row]), []).append(row)
-    return [{"row": rows[0], "message": messages[rows[0]], "rows_alike": len(rows)} for rows in list(kinds.values())[:most]]
+class FailureKinds:
+    """The first row of each kind of failure and how many are like it, in bounded memory.
+
+    Messages that differ in numbers alone are one kind. Past `MOST_KINDS` of them, new ones are not told apart any more.
+    """
+
+    def __init__(self) -> None:
+        self._kinds: dict[str, tuple[int, str, int]] = {}
+
+    def add(self, messages: dict[int, str]) -> None:
+        for row, message in messages.items():
+            kind = re.sub(r"[-+]?[\d.]+(e[-+]?\d+)?", "#", message)
+            kind = kind if kind in self._kinds or len(self._kinds) < MOST_KINDS else ""
+            first, text, alike = self._kinds.get(kind, (row, message, 0))
+            self._kinds[kind] = (*((row, message) if row < first else (first, text)), alike + 1)
+
+    def first(self, most: int = 10) -> list[dict[str, Any]]:
+        """Plain JSON, by row."""
+        return [{"row": row, "message": text, "rows_alike": alike} for row, text, alike in sorted(self._kinds.values())[:most]]

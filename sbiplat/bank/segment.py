@@ -90,9 +90,9 @@ def listing(folder: Path) -> list[Segment]:
 
 
 def strangers(folder: Path) -> list[Path]:
-    """Files of a folder of segments that are neither segments by their names, nor temporary, nor set aside."""
+    """Files of a folder of segments that are neither segments by name, nor hidden (temporary, or a file system's own), nor set aside."""
     names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
-    return [folder / n for n in names if not (_NAME.fullmatch(n) or n.startswith(".tmp-") or ".damaged-" in n)]
+    return [folder / n for n in names if not (_NAME.fullmatch(n) or n.startswith(".") or ".damaged-" in n)]
 
 
 def block_digest(theta: NDArray[Any], x: dict[str, NDArray[Any]], status: NDArray[Any]) -> bytes:

@@ -24,7 +24,7 @@ from sbiplat.posteriors.chains import effective_size, ensemble_slice, pareto_k, 
 from sbiplat.posteriors.passes import Contexts, stream
 
 MOST_R_HAT, MOST_K_HAT = 1.1, 0.7
-TOLERATED = 0.05  # share of a batch's observations that may be worse
+TOLERATED = 0.02  # share of a batch's observations that may be worse
 CHAIN_ROWS = 65_536
 DRAWS_A_CHAIN, MOST_CHAINS = 20, 2000
 CACHED_NUMBERS = 2**21

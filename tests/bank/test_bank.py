@@ -11,6 +11,7 @@ import pytest
 from farm_simulators import PRIOR, batchwise, rowwise
 
 import sbiplat as sp
+from sbiplat.bank import bank as bank_room
 from sbiplat.bank import index, segment
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.fill import simulate
@@ -298,3 +299,11 @@ def test_the_header_comes_back_from_json(bank):
     header = Header.from_json(json.loads((bank.path / "bank.json").read_text()), bank.path)
     assert header == bank.header
     assert header.uid == bank.header.uid
+
+
+def test_kinds_of_failure_stay_few_whatever_is_raised():
+    kinds = bank_room.FailureKinds()
+    kinds.add({7: "ValueError: a = 0.25 is low", 3: "ValueError: a = -1e-3 is low", 9: "KeyError: rare"})
+    assert kinds.first() == [{"row": 3, "message": "ValueError: a = -1e-3 is low", "rows_alike": 2}, {"row": 9, "message": "KeyError: rare", "rows_alike": 1}]
+    kinds.add({row: f"E: {'x' * row}" for row in range(10, 2 * bank_room.MOST_KINDS)})
+    assert len(kinds._kinds) <= bank_room.MOST_KINDS + 1

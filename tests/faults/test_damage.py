@@ -462,9 +462,11 @@ def test_a_renamed_segment_is_told_and_set_aside(tmp_path):
     bank = sp.simulate("two_moons", 512, 1, tmp_path / "b", workers=1, progress=silent)
     segment = next((tmp_path / "b" / "segments").iterdir())
     segment.rename(segment.with_name("foo.h5"))
+    (segment.parent / ".nfs0001").write_bytes(b"a file system's own")
     wrong = [str(p) for p in care.survey(tmp_path / "b").problems]
     assert any("foo.h5" in line and "renamed" in line for line in wrong)
     assert any("rows 0 to 511 are missing" in line for line in wrong)
+    assert not any(".nfs" in line for line in wrong)
     assert care.repair(tmp_path / "b", progress=silent)[0].digest == bank.digest
     assert not care.survey(tmp_path / "b").problems
 
