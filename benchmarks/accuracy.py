@@ -140,13 +140,13 @@ def references(task: str, cells: Cells, workers: int) -> list[Array]:
     return list(np.load(path).astype(float))
 
 
-def one(task: str, estimator: str, budget: int, exact: list[Array], count: int, workers: int, settings: dict[str, Any]) -> dict[str, Any]:
+def one(task: str, estimator: str, budget: int, exact: list[Array], count: int, workers: int) -> dict[str, Any]:
     simulator = resolve(task)
     x = observations(simulator)[1][:count]
     with tempfile.TemporaryDirectory() as folder:
         bank = sp.simulate(simulator, budget, 1, Path(folder) / "bank", workers=workers, progress=silent)
         start = time.monotonic()
-        run = sp.train(bank, estimator, out=Path(folder) / "run", progress=silent, **settings)
+        run = sp.train(bank, estimator, out=Path(folder) / "run", progress=silent)
         training = time.monotonic() - start
         posterior = sp.load(run, allow_uncertified=True)
         start = time.monotonic()
@@ -158,7 +158,7 @@ def one(task: str, estimator: str, budget: int, exact: list[Array], count: int, 
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         values = list(pool.map(c2st, exact[:count], draws))
     return {"c2st": values, "median": float(np.median(values)), "training_seconds": training, "sampling_seconds": sampling / count,
-            "held_out_log_prob": held_out, "settings": settings}
+            "held_out_log_prob": held_out}
 
 
 def published() -> dict[tuple[str, str, int], float]:
@@ -180,7 +180,7 @@ def main() -> None:
             for task in args.tasks:
                 exact = references(task, cells, args.workers)
                 cells.measure(f"{task} {estimator} {budget}",
-                              lambda t=task, e=estimator, b=budget, x=exact: one(t, e, b, x, args.observations, args.workers, {}))
+                              lambda t=task, e=estimator, b=budget, x=exact: one(t, e, b, x, args.observations, args.workers))
     known = published()
     for budget in args.budgets:
         rows = []

@@ -169,7 +169,7 @@ def _refuse(order: _Order) -> None:
         raise BankError(f"{out} holds other files and is no bank; give the bank another --out")
     if order.checked and not known:
         try:
-            if order.limits.isolate and not order.simulator.parallel:
+            if order.limits.isolate:
                 check_apart(order.simulator, 2, order.limits.time_limit or order.simulator.time_limit)
             else:
                 check(order.simulator, rows=2)

@@ -309,8 +309,12 @@ class Sandbox:
 def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> CheckResult | None:
     """The contract check in a child process; raises SimulatorError where the contract is broken or the child goes down.
 
-    With a time limit a call: where the check takes longer than all its calls may, it is broken off, and the result is None.
+    With a time limit a call: where the check takes longer than all its calls may, it is broken off, and the result is None. A parallel
+    simulator is checked in this process, since MPI cannot be forked.
     """
+    if simulator.parallel:
+        return check(simulator, rows)
+
     def work(pipe: Connection) -> None:
         os.environ["SBIPLAT_SCRATCH"] = scratch
         try:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sbiplat.errors import SettingError
+from sbiplat.nets.standardise import robust_scale
 from sbiplat.observation import ObservationSpec
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import unknown
@@ -42,9 +43,27 @@ class Estimator(nn.Module):
     most_failed: ClassVar[float] = 1.0
     training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.0, "steps": 4000}
 
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        self.settings = architecture.settings
+        self.spec, self.dim, self.gaussianised = architecture.x, architecture.dim, architecture.gaussianised
+        self.register_buffer("theta_loc", torch.zeros(self.dim))
+        self.register_buffer("theta_scale", torch.ones(self.dim))
+
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
-        """Set standardisation from rows of the bank, before training."""
-        raise NotImplementedError
+        """Set standardisation from rows of the bank, before training: here that of theta."""
+        if not self.gaussianised:  # elsewhere z is N(0, I) already
+            loc, scale = robust_scale(theta.cpu().numpy())
+            self.theta_loc.copy_(torch.as_tensor(loc))
+            self.theta_scale.copy_(torch.as_tensor(scale))
+
+    def scaled(self, theta: Tensor) -> Tensor:
+        """Unconstrained theta at unit scale."""
+        return (theta - self.theta_loc) / self.theta_scale
+
+    def unscaled(self, z: Tensor) -> Tensor:
+        """The inverse of `scaled`."""
+        return z * self.theta_scale + self.theta_loc
 
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """x as the bank stores it, a dict of (B, ...) tensors, to what `loss` takes: fixed, float32, without gradient."""
@@ -79,7 +98,7 @@ class Architecture:
         """The estimator with initial weights drawn from the seed; torch's global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return find(self.estimator)(self)  # type: ignore[call-arg]
+            return find(self.estimator)(self)
 
 
 def find(name: str) -> type[Estimator]:

@@ -1,4 +1,4 @@
-"""What the estimators of theta given x share: the way from x to a context, and the scale of theta."""
+"""What the estimators of theta given x share: the way from x to a context."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sbiplat.estimators.base import Architecture, Estimator
 from sbiplat.nets import embeddings
-from sbiplat.nets.standardise import Standardise, robust_scale
+from sbiplat.nets.standardise import Standardise
 from sbiplat.settings import setting
 
 
@@ -29,23 +29,15 @@ class Conditioned(Estimator):
     settings_class = ConditionedSettings
 
     def __init__(self, architecture: Architecture) -> None:
-        super().__init__()
+        super().__init__(architecture)
         settings: ConditionedSettings = architecture.settings
-        self.spec = architecture.x
-        self.dim = architecture.dim
         self.embedding = embeddings.build(settings.embedding, self.spec, settings.embedding_hidden, settings.context, settings.activation)
         self.standardise = Standardise(self.spec, scale=getattr(self.embedding, "standardise", True))
         self.width = embeddings.width_of(self.embedding, self.spec, settings.embedding)
-        self.gaussianised = architecture.gaussianised
-        self.register_buffer("theta_loc", torch.zeros(architecture.dim))
-        self.register_buffer("theta_scale", torch.ones(architecture.dim))
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
+        super().fit_scales(theta, x)
         self.standardise.fit(x)
-        if not self.gaussianised:  # elsewhere z is N(0, I) already
-            loc, scale = robust_scale(theta.cpu().numpy())
-            self.theta_loc.copy_(torch.as_tensor(loc))
-            self.theta_scale.copy_(torch.as_tensor(scale))
 
     @torch.no_grad()
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -54,11 +46,3 @@ class Conditioned(Estimator):
     def context(self, x: dict[str, Tensor]) -> Tensor:
         """s(x) of prepared x, (B, C)."""
         return self.embedding(x.get("x", x)).float()
-
-    def scaled(self, theta: Tensor) -> Tensor:
-        """Unconstrained theta at unit scale."""
-        return (theta - self.theta_loc) / self.theta_scale
-
-    def unscaled(self, z: Tensor) -> Tensor:
-        """The inverse of `scaled`."""
-        return z * self.theta_scale + self.theta_loc

@@ -47,12 +47,12 @@ class DenoisingSettings(ConditionedSettings):
 class Denoising(Conditioned):
     """Base of NPSE and FMPE, which state `levels` and `weight`."""
 
+    settings: DenoisingSettings
     posterior = "diffusion"
     training_defaults = {"ema": 0.999, "steps": 8000}
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
-        self.settings: DenoisingSettings = architecture.settings
         self.head = GaussianHead(architecture.dim, self.width)
         self.field = Field(architecture.dim, self.width, self.settings.hidden, self.settings.blocks)
 

@@ -34,6 +34,7 @@ class FMPESettings(DenoisingSettings):
 class FMPE(Denoising):
     """The velocity of a path from noise to the posterior; see the module's docstring."""
 
+    settings: FMPESettings
     settings_class = FMPESettings
 
     def levels(self, u: Tensor) -> Tensor:

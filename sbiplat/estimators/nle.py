@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sbiplat.errors import SettingError
 from sbiplat.estimators.base import Architecture, Estimator
 from sbiplat.nets import embeddings, flows
-from sbiplat.nets.standardise import Standardise, robust_scale
+from sbiplat.nets.standardise import Standardise
 from sbiplat.settings import setting
 
 MOST_FEATURES = 512
@@ -52,21 +52,18 @@ class NLESettings:
 class NLE(Estimator):
     """The densities q(x | z) and r(z | x); see the module's docstring."""
 
+    settings: NLESettings
     settings_class = NLESettings
     posterior = "likelihood"
     most_failed = 0.01
 
     def __init__(self, architecture: Architecture) -> None:
-        super().__init__()
-        self.settings: NLESettings = architecture.settings
-        self.spec, self.dim, self.gaussianised = architecture.x, architecture.dim, architecture.gaussianised
+        super().__init__(architecture)
         size = self.spec.size
         if size > MOST_FEATURES:
             raise SettingError(f"nle models the density of all of x, which is {size} numbers; at most {MOST_FEATURES} make sense: "
                                "let the simulator return summaries, or use npe, npse or fmpe")
         self.standardise = Standardise(self.spec)
-        for name, value in (("loc", torch.zeros), ("scale", torch.ones)):
-            self.register_buffer(f"theta_{name}", value(self.dim))
         self.register_buffer("varies", torch.ones(size, dtype=torch.bool))
         self.register_buffer("unit", torch.zeros(size))  # of whole-numbered features, after standardisation
         settings = self.settings
@@ -79,11 +76,8 @@ class NLE(Estimator):
                                     flows.Shape(1, (64,), settings.bins, settings.components, settings.activation))
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
+        super().fit_scales(theta, x)
         self.standardise.fit(x)
-        if not self.gaussianised:
-            loc, scale = robust_scale(theta.cpu().numpy())
-            self.theta_loc.copy_(torch.as_tensor(loc))
-            self.theta_scale.copy_(torch.as_tensor(scale))
         raw = torch.cat([v.reshape(len(v), -1).double() for v in x.values()], dim=1)
         self.varies.copy_((raw != raw[:1]).any(0))
         plain = torch.cat([torch.full((v[0].numel(),), self.spec.transform[k] == "none") for k, v in x.items()])
@@ -96,10 +90,6 @@ class NLE(Estimator):
         slopes = embeddings.flatten(self.standardise.log_slopes(x))
         values = embeddings.flatten(self.standardise(x))
         return {"x": torch.where(self.varies, values, 0.0), "log_det": torch.where(self.varies, slopes, 0.0).sum(1).float()}
-
-    def scaled(self, theta: Tensor) -> Tensor:
-        """Unconstrained theta at unit scale."""
-        return (theta - self.theta_loc) / self.theta_scale
 
     def log_likelihood(self, theta: Tensor, values: Tensor) -> Tensor:
         """log q of standardised x (N, F) given unconstrained theta (N, D): (N,), without the standardisation's log_det."""

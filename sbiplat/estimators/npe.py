@@ -33,13 +33,14 @@ class NPESettings(ConditionedSettings):
 class NPE(Conditioned):
     """The density q(z | x); see the module's docstring."""
 
+    settings: NPESettings
     settings_class = NPESettings
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
-        settings: NPESettings = architecture.settings
+        settings = self.settings
         shape = flows.Shape(settings.transforms, settings.hidden or (64,), settings.bins, settings.components, settings.activation)
-        self.density = flows.build(settings.flow, architecture.dim, self.width, shape)
+        self.density = flows.build(settings.flow, self.dim, self.width, shape)
 
     def log_prob(self, theta: Tensor, context: Tensor) -> Tensor:
         """log q(theta | context) over unconstrained theta (..., D), context (..., C): (...)."""

@@ -35,6 +35,7 @@ class NPSESettings(DenoisingSettings):
 class NPSE(Denoising):
     """The score of the diffused posterior; see the module's docstring."""
 
+    settings: NPSESettings
     settings_class = NPSESettings
 
     def levels(self, u: Tensor) -> Tensor:

@@ -61,7 +61,8 @@ class Posterior:
     def log_prob(self, theta: ArrayLike, x: Any) -> Array:
         """log q(theta | x), -inf outside the support.
 
-        One x: theta (..., D) gives (...). A batch of B: theta (B, D) gives (B,), and (B, n, D) gives (B, n).
+        One x: theta (..., D) gives (...). A batch of B: theta (B, D) gives (B,), and (B, n, D) gives (B, n). Raises PriorError and
+        ObservationError for wrong shapes, ChainError where the evidence that the density needs cannot be trusted (nle).
         """
         fields, batched = self.x.batch(x)
         try:

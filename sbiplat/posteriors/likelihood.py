@@ -159,16 +159,15 @@ class LikelihoodSampler(Contexts):
 
     def _resampled(self, values: Tensor, n: int, generator: torch.Generator) -> tuple[NDArray[np.float32], Array, Array]:
         """Sampling and importance resampling, from at least four proposal draws for each that is kept."""
-        log_w, z, _ = self._weights_for(values, n, generator)
+        log_w, z = self._weights_for(values, n, generator)
         share = np.exp(log_w - log_w.max(1, keepdims=True))
         size = np.square(share.sum(1)) / np.square(share).sum(1)
         return self._resample(log_w, z, n, generator).cpu().numpy(), np.array([pareto_k(row) for row in log_w]), size
 
-    def _weights_for(self, values: Tensor, n: int, generator: torch.Generator) -> tuple[Array, Tensor, Array]:
+    def _weights_for(self, values: Tensor, n: int, generator: torch.Generator) -> tuple[Array, Tensor]:
         rounds = max(1, -(-4 * n // self.estimator.settings.proposals))
         parts = [self._weights(values, generator) for _ in range(rounds)]
-        log_w, z = np.concatenate([p[0] for p in parts], axis=1), torch.cat([p[1] for p in parts], dim=1)
-        return log_w, z, parts[0][2]
+        return np.concatenate([p[0] for p in parts], axis=1), torch.cat([p[1] for p in parts], dim=1)
 
     def _chains(self, values: Tensor, n: int, generator: torch.Generator) -> tuple[NDArray[np.float32], Array, Array]:
         settings = self.estimator.settings
@@ -206,7 +205,7 @@ class _Proposal:
         self._law = Defensive(estimator.proposal)
 
     def draw(self, n: int) -> Tensor:
-        return self._law.sample(self._context, n, self._generator) * self._estimator.theta_scale + self._estimator.theta_loc
+        return self._estimator.unscaled(self._law.sample(self._context, n, self._generator))
 
     def log_prob(self, z: Tensor) -> Tensor:
         return self._law.log_prob(self._estimator.scaled(z), self._context) - self._estimator.theta_scale.log().sum()

@@ -21,6 +21,23 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import typer
 
+from sbiplat.cli.bank import bank_app
+from sbiplat.cli.output import (
+    BankPath,
+    Config,
+    Embedding,
+    Json,
+    MaybeSeed,
+    RunPath,
+    Seed,
+    Set,
+    Signals,
+    counts,
+    say,
+    show,
+    warn,
+    write_draws,
+)
 from sbiplat.errors import SettingError, UserError
 from sbiplat.files import is_disk_full
 from sbiplat.launch import launched_rank, launched_ranks
@@ -28,40 +45,13 @@ from sbiplat.launch import launched_rank, launched_ranks
 REFUSED = 3
 STOPPED = 130
 CHECK_SECONDS = 10.0
-MOST_PROBLEMS = 50
 
 app = typer.Typer(
     name="sbiplat", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="From a registered simulator to a posterior that has been tested.\n\n"
          "Any command: --debug shows the traceback behind a one-line error.",
 )
-bank_app = typer.Typer(name="bank", help="Look into a bank, verify and mend it, or pack it into one file.")
 app.add_typer(bank_app)
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
-Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
-MaybeSeed = Annotated[int | None, typer.Option(help="Seed of all randomness of this command; by default 0.")]
-Embedding = Annotated[str | None, typer.Option(help="file.py:Class of your own embedding, where the run was trained with one.")]
-Signals = Annotated[str | None, typer.Option("--simulator", help="The simulator of a bank of signals, where it is not installed.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="A setting as key=value; may be given again.")]
-Config = Annotated[Path | None, typer.Option(help="TOML file of settings.")]
-BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank: its directory, or a packed .h5 file.")]
-RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
-
-
-def say(text: str = "") -> None:
-    """Print to standard output."""
-    print(text, flush=True)  # noqa: T201 - the command line's own output
-
-
-def warn(text: str) -> None:
-    """Print a warning to standard error."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)  # noqa: T201
-
-
-def show(as_json: bool, value: dict[str, Any], text: str) -> None:
-    """Print a result: one JSON object for machines, or text for people."""
-    say(json.dumps(value) if as_json else text)
 
 
 def _settings(config: Path | None, table: str, assignments: list[str] | None, **options: Any) -> dict[str, Any]:
@@ -91,17 +81,14 @@ def simulators(
 ) -> None:
     """List the registered simulators; with NAME, show its card and check its contract."""
     from sbiplat.bank.sandbox import check_apart
-    from sbiplat.simulator import available, check, resolve
+    from sbiplat.simulator import available, resolve
 
     if name is None:
         found = available()
         show(as_json, found, "\n".join(f"{k:20} {v}" for k, v in sorted(found.items())) or "none registered")
         return
     simulator = resolve(name)
-    if simulator.parallel:  # MPI cannot be forked
-        result = check(simulator, rows)
-    else:
-        result = check_apart(simulator, rows, time_limit or simulator.time_limit or CHECK_SECONDS)
+    result = check_apart(simulator, rows, time_limit or simulator.time_limit or CHECK_SECONDS)
     card = {
         "name": simulator.name, "summary": simulator.summary, "citation": simulator.citation, "batched": simulator.batched,
         "source": simulator.spec, "source_digest": simulator.source_digest(),
@@ -164,131 +151,7 @@ def simulate(
     comm = mpi_world()
     if comm is None or comm.Get_rank() == 0:
         info = made.info()
-        show(as_json, info, f"{out}: {made.rows} rows, {_counts(info['status'])}; digest {made.digest}")
-
-
-def _counts(status: dict[str, int]) -> str:
-    return ", ".join(f"{v} {k}" for k, v in status.items() if v)
-
-
-@bank_app.command("info", epilog="Example: sbiplat bank info moons.bank")
-def bank_info(bank: BankPath, as_json: Json = False) -> None:
-    """What a bank holds: rows, status, digest, size, first failures."""
-    from sbiplat.bank.bank import Bank
-    from sbiplat.bank.sight import look, where_failed
-
-    opened = Bank.open(bank)
-    where = where_failed(look(opened), opened.header.prior.names)
-    info = {**opened.info(), "failures_where": where}
-    lines = [f"{k:20} {_counts(v) if k == 'status' else v}" for k, v in info.items() if k not in ("first_failures", "failures_where")]
-    lines += [f"{f['status']}: {f['rows']} rows, most of them with {f['parameter']} from {f['range'][0]:.4g} to {f['range'][1]:.4g} (good "
-              f"rows: {f['range_ok'][0]:.4g} to {f['range_ok'][1]:.4g}; apart by {f['apart']:.2f})" for f in where]
-    lines += [f"row {f['row']} failed: {f['message']}" + (f" (and {f['rows_alike'] - 1} alike)" if f["rows_alike"] > 1 else "")
-              for f in info["first_failures"]]
-    show(as_json, info, "\n".join(lines))
-
-
-@bank_app.command("verify", epilog="Example: sbiplat bank verify moons.bank")
-def bank_verify(
-    bank: BankPath,
-    repair: Annotated[bool, typer.Option("--repair", help="Set damaged segments aside and simulate what is missing.")] = False,
-    simulator: Annotated[str | None, typer.Option(help="The bank's simulator, for --repair, where it is not installed.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Local processes for --repair.")] = None,
-    time_limit: Annotated[float | None, typer.Option(help="Seconds a row may take, for --repair: as the bank was made.")] = None,
-    isolate: Annotated[bool, typer.Option(help="Run the simulator in child processes, for --repair.")] = True,
-    as_json: Json = False,
-) -> None:
-    """Read every byte of a bank and hold it against its hashes; exit 2 where something is wrong."""
-    from sbiplat.bank import care
-    from sbiplat.bank.bank import Bank
-    from sbiplat.errors import BankError
-    from sbiplat.progress import Progress
-
-    if repair:
-        opened, mended = care.repair(bank, simulator, workers=workers, time_limit=time_limit, isolate=isolate)
-        lines = [f"mended: {str(p).partition('; ')[0]}" for p in mended]
-        lines.append(f"{bank}: all {opened.rows} rows are there; digest {opened.digest}")
-        show(as_json, {"mended": [str(p) for p in mended], "digest": opened.digest}, "\n".join(lines))
-        return
-    found = care.survey(bank, Progress.auto()).problems if bank.is_dir() else Bank.open(bank).verify(Progress.auto())
-    problems = [str(p) for p in found]
-    if problems:
-        for line in problems[:-1][:MOST_PROBLEMS] if not as_json else []:
-            say(line)
-        more = f" (and {len(problems) - 1} more{', above' if len(problems) <= MOST_PROBLEMS else ''})" if len(problems) > 1 else ""
-        error = BankError(problems[-1] + more)
-        error.details = {"problems": problems, "digest": None}
-        raise error
-    opened = Bank.open(bank)
-    show(as_json, {"problems": [], "digest": opened.digest}, f"{bank}: all {opened.rows} rows match their hashes; digest {opened.digest}")
-
-
-@bank_app.command("pack", epilog="Example: sbiplat bank pack moons.bank --out moons.h5")
-def bank_pack(
-    bank: BankPath,
-    out: Annotated[Path | None, typer.Option(help="The file; by default BANK with the suffix .h5.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Copy a bank into one ordinary, self-contained .h5 file."""
-    from sbiplat.bank.bank import Bank
-    from sbiplat.progress import Progress
-
-    opened = Bank.open(bank)
-    path = opened.pack(out or bank.with_suffix(".h5"), Progress.auto())
-    show(as_json, {"path": str(path), "digest": opened.digest}, f"{path}: {opened.rows} rows, digest {opened.digest}")
-
-
-@bank_app.command("plot", epilog="Example: sbiplat bank plot moons.bank --out moons.png")
-def bank_plot(
-    bank: BankPath,
-    out: Annotated[Path, typer.Option(help="The picture: .png, .svg or .pdf.")],
-    as_json: Json = False,
-) -> None:
-    """Draw how often rows failed, and how long they took, over each parameter."""
-    from sbiplat.bank.bank import Bank
-    from sbiplat.report.bank_figure import draw
-
-    show(as_json, {"path": str(draw(Bank.open(bank), out))}, str(out))
-
-
-@bank_app.command("query", epilog="Example: sbiplat bank query moons.bank --observation x.npy --n 1000 --out nearest.nc")
-def bank_query(
-    bank: BankPath,
-    observation: Annotated[Path, typer.Option(help=".npy, .npz, .csv or .h5 of one observation or a batch.")],
-    n: Annotated[int, typer.Option(help="Draws for each observation.")],
-    out: Annotated[Path, typer.Option(help=".nc (ArviZ), .h5 or .csv")],
-    keep: Annotated[float, typer.Option(help="Share of the bank's rows that is kept; at least 100 rows.")] = 0.01,
-    adjust: Annotated[bool, typer.Option(help="Move the kept rows by regression.")] = True,
-    summaries: Annotated[Path | None, typer.Option(help="A run whose contexts serve as summaries in place of x.")] = None,
-    seed: Seed = 0,
-    as_json: Json = False,
-) -> None:
-    """A first answer without training: the bank's rows nearest to the observation (regression-adjusted ABC)."""
-    from sbiplat.bank.bank import Bank
-    from sbiplat.observation import read_observation
-    from sbiplat.posteriors.export import check_target
-    from sbiplat.posteriors.nearest import nearest
-
-    check_target(out)
-    opened = Bank.open(bank)
-    posterior = nearest(opened, keep=keep, adjust=adjust, summaries=summaries)
-    warn(f"uncertified: {posterior.provenance['refusal']}")
-    x = read_observation(observation, opened.header.x)
-    _write_draws(posterior, x, posterior.sample(x, n, seed=seed), out, n, seed, as_json)
-
-
-@bank_app.command("compact", epilog="Example: sbiplat bank compact moons.bank")
-def bank_compact(bank: BankPath, as_json: Json = False) -> None:
-    """Merge the small segments that many restarts left into ones of about 64 MB; the digest stays."""
-    from sbiplat.bank import care
-    from sbiplat.bank.bank import Bank
-    from sbiplat.progress import Progress
-
-    before = len(Bank.open(bank).segments)
-    made = care.compact(bank, Progress.auto())
-    count = len(made.segments)
-    show(as_json, {"segments_before": before, "segments": count, "digest": made.digest if made.complete else None},
-         f"{bank}: {before} segments became {count}" + (f"; digest {made.digest}" if made.complete else ""))
+        show(as_json, info, f"{out}: {made.rows} rows, {counts(info['status'])}; digest {made.digest}")
 
 
 # ------------------------------------------------------------------------------------------------- train and gate
@@ -378,18 +241,7 @@ def sample(
         warn(f"certified by thresholds that were changed: {posterior.provenance['own_thresholds']}")
     x = read_observation(observation, opened.x)
     theta = posterior.sample(x, n, seed=seed)
-    _write_draws(posterior, x, theta, out, n, seed, as_json)
-
-
-def _write_draws(posterior: Any, x: Any, theta: Any, out: Path, n: int, seed: int, as_json: bool) -> None:
-    from sbiplat.posteriors.export import write_draws
-
-    write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, posterior.facts)
-    rows = [f"{name:16} {theta[..., k].mean():12.5g} +- {theta[..., k].std():.3g} {unit}".rstrip()
-            for k, (name, unit) in enumerate(zip(posterior.prior.names, posterior.prior.units, strict=True))]
-    summary = {"out": str(out), "n": n, "seed": seed, "certified": posterior.provenance["certified"] == "yes",
-               "mean": theta.reshape(-1, theta.shape[-1]).mean(0).tolist(), "sd": theta.reshape(-1, theta.shape[-1]).std(0).tolist()}
-    show(as_json, summary, "\n".join([*(rows if theta.ndim == 2 else []), f"{out}: draws of shape {theta.shape}"]))
+    write_draws(posterior, x, theta, out, n, seed, as_json)
 
 
 @app.command(epilog="Example: sbiplat report moons.run --observation x.npy")

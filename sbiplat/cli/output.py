@@ -1,0 +1,52 @@
+"""What the commands share: their options, and how they print."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
+Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
+MaybeSeed = Annotated[int | None, typer.Option(help="Seed of all randomness of this command; by default 0.")]
+Embedding = Annotated[str | None, typer.Option(help="file.py:Class of your own embedding, where the run was trained with one.")]
+Signals = Annotated[str | None, typer.Option("--simulator", help="The simulator of a bank of signals, where it is not installed.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="A setting as key=value; may be given again.")]
+Config = Annotated[Path | None, typer.Option(help="TOML file of settings.")]
+BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank: its directory, or a packed .h5 file.")]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
+
+
+def say(text: str = "") -> None:
+    """Print to standard output."""
+    print(text, flush=True)  # noqa: T201 - the command line's own output
+
+
+def warn(text: str) -> None:
+    """Print a warning to standard error."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def show(as_json: bool, value: dict[str, Any], text: str) -> None:
+    """Print a result: one JSON object for machines, or text for people."""
+    say(json.dumps(value) if as_json else text)
+
+
+def counts(status: dict[str, int]) -> str:
+    """How many rows have which status."""
+    return ", ".join(f"{v} {k}" for k, v in status.items() if v)
+
+
+def write_draws(posterior: Any, x: Any, theta: Any, out: Path, n: int, seed: int, as_json: bool) -> None:
+    """Write draws to a file, and print their means and sds."""
+    from sbiplat.posteriors.export import write_draws
+
+    write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, posterior.facts)
+    rows = [f"{name:16} {theta[..., k].mean():12.5g} +- {theta[..., k].std():.3g} {unit}".rstrip()
+            for k, (name, unit) in enumerate(zip(posterior.prior.names, posterior.prior.units, strict=True))]
+    summary = {"out": str(out), "n": n, "seed": seed, "certified": posterior.provenance["certified"] == "yes",
+               "mean": theta.reshape(-1, theta.shape[-1]).mean(0).tolist(), "sd": theta.reshape(-1, theta.shape[-1]).std(0).tolist()}
+    show(as_json, summary, "\n".join([*(rows if theta.ndim == 2 else []), f"{out}: draws of shape {theta.shape}"]))
