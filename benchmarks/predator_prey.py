@@ -68,7 +68,7 @@ def compare(path: str) -> dict[str, object]:
         "simulations": run.record["bank"]["rows"], "training_seconds": run.record["outcome"]["seconds"],
         "held_out_log_q": -run.record["outcome"]["validation_loss"],
         "shift": ((draws.mean(0) - exact.mean(0)) / spread).tolist(), "sd_ratio": (draws.std(0) / spread).tolist(),
-        "c2st": c2st(exact, draws),
+        "c2st": c2st(exact[None], draws[None])[0],
     }
 
 
