@@ -215,7 +215,7 @@ class Shape(NamedTuple):
     bins: int
     components: int
     activation: str
-    ode_steps: int = 8
+    ode_steps: int = 4
     trace: str = "exact"
 
 
