@@ -3,8 +3,9 @@ r"""Ensembles: K estimators of one architecture, trained in one run and used as 
 .. math:: q(\theta | x) = \frac{1}{K} \sum_k q_k(\theta | x), \qquad \min \frac{1}{K} \sum_k L_k .
 
 Members differ in their initial weights, which are drawn one after the other from the run's seed, and in what their losses draw at
-random. They see the same batches: the bank is read once for all. No member's loss depends on another, and the mean of their validation
-losses says when to stop. By Jensen's inequality the log-density of the mixture is at least the mean of theirs.
+random. They see the same batches: the bank is read once for all. No member's loss depends on another; the clipping of a step's
+gradient, and the leaving out of a step that is not finite, are of all together, and the mean of their validation losses says when to
+stop. By Jensen's inequality the log-density of the mixture is at least the mean of theirs.
 """
 
 from __future__ import annotations
