@@ -95,10 +95,16 @@ class Architecture:
                    ObservationSpec.from_json(data["x"]), bool(data["gaussianised"]))
 
     def build(self, seed: int = 0) -> Estimator:
-        """The estimator with initial weights drawn from the seed; torch's global generator is left as it was."""
+        """The estimator with initial weights drawn from the seed, an ensemble where the settings say so; torch's global generator is
+        left as it was."""
+        made, members = find(self.estimator), getattr(self.settings, "members", 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return find(self.estimator)(self)
+            if members == 1:
+                return made(self)
+            from sbiplat.estimators.ensemble import Ensemble
+
+            return Ensemble(self, made, members)
 
 
 def find(name: str) -> type[Estimator]:

@@ -21,6 +21,7 @@ class ConditionedSettings:
     embedding: str = setting("mlp", "mlp, none, an installed embedding, or file.py:Class of your own")
     embedding_hidden: tuple[int, ...] = setting((128, 128), "widths of the mlp embedding's hidden layers", low=1, high=65536)
     context: int = setting(32, "size of the mlp embedding's output", low=1, high=65536)
+    members: int = setting(1, "members of an ensemble, an equal mixture that is one posterior", low=1, high=100)
 
 
 class Conditioned(Estimator):

@@ -32,7 +32,7 @@ SAMPLERS = ("auto", "slice", "importance")
 class NLESettings:
     """What shapes neural likelihood estimation, and how its posterior is sampled."""
 
-    flow: str = setting("nsf", "the conditional density of x", among=tuple(flows.FLOWS))
+    flow: str = setting("nsf", "the conditional density of x", among=tuple(f for f in flows.FLOWS if f != "cnf"))  # chains ask too often
     transforms: int = setting(3, "transforms of the flow", low=1, high=64)
     hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536)
     bins: int = setting(8, "bins of a spline flow", low=2, high=256)

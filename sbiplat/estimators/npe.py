@@ -26,8 +26,11 @@ class NPESettings(ConditionedSettings):
     flow: str = setting("nsf", "the conditional density", among=tuple(flows.FLOWS))
     transforms: int = setting(3, "transforms of the flow", low=1, high=64)
     hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536)
-    bins: int = setting(8, "bins of a spline flow", low=2, high=256)
+    bins: int = setting(8, "bins of a spline flow; a quarter of the degree of Bernstein polynomials", low=2, high=256)
     components: int = setting(8, "components of the mixture of Gaussians", low=1, high=1024)
+    ode_steps: int = setting(
+        4, "Dormand-Prince steps of a continuous flow in training; densities and draws take twice as many", low=2, high=1000)
+    trace: str = setting("exact", "trace of a continuous flow's Jacobian: exact, or hutchinson's estimate", among=("exact", "hutchinson"))
 
 
 class NPE(Conditioned):
@@ -39,7 +42,8 @@ class NPE(Conditioned):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
         settings = self.settings
-        shape = flows.Shape(settings.transforms, settings.hidden or (64,), settings.bins, settings.components, settings.activation)
+        shape = flows.Shape(settings.transforms, settings.hidden or (64,), settings.bins, settings.components, settings.activation,
+                            settings.ode_steps, settings.trace)
         self.density = flows.build(settings.flow, self.dim, self.width, shape)
 
     def log_prob(self, theta: Tensor, context: Tensor) -> Tensor:

@@ -215,6 +215,8 @@ class Shape(NamedTuple):
     bins: int
     components: int
     activation: str
+    ode_steps: int = 4
+    trace: str = "exact"
 
 
 def _zuko(family: str, passes: int | None = None) -> Callable[..., ConditionalDensity]:
@@ -226,6 +228,8 @@ def _zuko(family: str, passes: int | None = None) -> Callable[..., ConditionalDe
             settings |= {"passes": passes, "randperm": dim > 2}
         if family == "NSF":
             settings["bins"] = shape.bins
+        if family == "BPF":
+            settings["degree"] = 4 * shape.bins
         return ZukoFlow(getattr(zuko.flows, family)(dim, context, **settings), dim)
 
     return make
@@ -258,6 +262,12 @@ def _nflows(family: str) -> Callable[..., ConditionalDensity]:
     return make
 
 
+def _continuous(dim: int, context: int, shape: Shape) -> ConditionalDensity:
+    from sbiplat.nets.continuous import ContinuousFlow
+
+    return ContinuousFlow(dim, context, shape.hidden, shape.ode_steps, shape.trace)
+
+
 def _gaussian(dim: int, context: int, shape: Shape) -> ConditionalDensity:
     return StandardNormal(dim)
 
@@ -265,7 +275,9 @@ def _gaussian(dim: int, context: int, shape: Shape) -> ConditionalDensity:
 FLOWS: dict[str, Callable[..., ConditionalDensity]] = {
     "nsf": _zuko("NSF"),
     "maf": _zuko("MAF"),
+    "bpf": _zuko("BPF"),
     "coupling_nsf": _zuko("NSF", passes=2),
+    "cnf": _continuous,
     "mog": _mixture,
     "gaussian": _gaussian,
     "nflows_nsf": _nflows("NSF"),

@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from sbiplat.posteriors.base import Posterior
+from sbiplat.estimators.base import Estimator
+from sbiplat.estimators.ensemble import Ensemble
+from sbiplat.posteriors.base import Posterior, Sampler
+from sbiplat.posteriors.ensemble import EnsembleSampler
 from sbiplat.runs import Run
 
 SAMPLERS = {
@@ -18,9 +21,14 @@ SAMPLERS = {
 def from_run(run: Run, device: str = "cpu", **provenance: Any) -> Posterior:
     """The posterior of a finished run, whether or not it is certified: `sbiplat.load` is the door for users."""
     run.require_finished()
-    estimator = run.estimator(device)
-    module, _, attribute = SAMPLERS[estimator.posterior].partition(":")
-    prior = (run.prior.unconstrained_log_prob,) if estimator.posterior == "likelihood" else ()
-    sampler = getattr(importlib.import_module(module), attribute)(estimator, *prior, device=device)
+    sampler = _sampler(run.estimator(device), run, device)
     return Posterior(run.prior, run.x, sampler, {"run": str(run.path), "weights_digest": run.weights_digest,
                                                  "bank_digest": run.bank_digest, **provenance})
+
+
+def _sampler(estimator: Estimator, run: Run, device: str) -> Sampler:
+    if isinstance(estimator, Ensemble):
+        return EnsembleSampler([_sampler(member, run, device) for member in estimator.members])
+    module, _, attribute = SAMPLERS[estimator.posterior].partition(":")
+    prior = (run.prior.unconstrained_log_prob,) if estimator.posterior == "likelihood" else ()
+    return getattr(importlib.import_module(module), attribute)(estimator, *prior, device=device)

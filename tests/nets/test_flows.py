@@ -94,7 +94,7 @@ def test_robust_scale_of_constant_features_is_one():
     np.testing.assert_array_equal(scale, 1.0)
 
 
-@pytest.mark.parametrize("name", ["nsf", "maf", "coupling_nsf"])
+@pytest.mark.parametrize("name", ["nsf", "maf", "coupling_nsf", "bpf"])
 @pytest.mark.parametrize("dim", [2, 3, 7])
 def test_the_fast_inverse_is_zukos_own(name, dim):
     flow, context = made(name, dim).inner.flow, torch.randn(4, 3, generator=torch.Generator().manual_seed(1))
