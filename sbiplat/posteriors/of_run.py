@@ -12,6 +12,7 @@ SAMPLERS = {
     "direct": "sbiplat.posteriors.direct:DirectSampler",
     "diffusion": "sbiplat.posteriors.diffusion:DiffusionSampler",
     "likelihood": "sbiplat.posteriors.likelihood:LikelihoodSampler",
+    "theta_space": "sbiplat.posteriors.theta_space:ThetaSpaceSampler",
 }
 
 
@@ -20,7 +21,7 @@ def from_run(run: Run, device: str = "cpu", **provenance: Any) -> Posterior:
     run.require_finished()
     estimator = run.estimator(device)
     module, _, attribute = SAMPLERS[estimator.posterior].partition(":")
-    prior = (run.prior.unconstrained_log_prob,) if estimator.posterior == "likelihood" else ()
-    sampler = getattr(importlib.import_module(module), attribute)(estimator, *prior, device=device)
+    needs = {"likelihood": (run.prior.unconstrained_log_prob,), "theta_space": (run.prior,)}.get(estimator.posterior, ())
+    sampler = getattr(importlib.import_module(module), attribute)(estimator, *needs, device=device)
     return Posterior(run.prior, run.x, sampler, {"run": str(run.path), "weights_digest": run.weights_digest,
                                                  "bank_digest": run.bank_digest, **provenance})
