@@ -172,7 +172,7 @@ def test_leaked_mass_is_rejected_from_draws_and_taken_off_densities(box_bank, tm
     net = train(*sp.pairs(box_bank), 300, model="mdn", num_components=1)
     run = sp.from_sbi(net, box_bank, out=tmp_path / "run", model="mdn", num_components=1, progress=silent)
     posterior = sp.load(run, allow_uncertified=True)
-    x = np.array([0.95, 1.9])  # a corner: much of a Gaussian lies outside
+    x = np.array([1.3, 2.6])  # beyond a corner: much of a Gaussian lies outside
     draws = posterior.sample(x, 20_000, seed=0)
     assert box.prior.contains(draws).all()
     leaked = posterior.facts["leaked_max"]
@@ -197,7 +197,7 @@ def test_a_density_that_lies_outside_of_the_support_is_refused_in_one_line(box_b
     for call in (lambda: posterior.sample(np.array([30.0, 60.0]), 10, seed=0), lambda: posterior.log_prob(np.zeros(2), np.array([30.0, 60.0]))):
         with pytest.raises(LeakageError, match="of the density's mass lies in the prior's support"):
             call()
-    shifted = train(theta + [5.0, 50.0], x, 100, model="mdn")
+    shifted = train(theta + np.array([5.0, 50.0]), x, 100, model="mdn")
     with pytest.raises(LeakageError, match="trained on other parameters"):
         sp.from_sbi(shifted, box_bank, out=tmp_path / "shifted", model="mdn", progress=silent)
     assert not (tmp_path / "shifted" / "run.json").exists()

@@ -108,7 +108,7 @@ def test_sbis_plots_take_the_draws(posterior):
     from sbi.analysis import conditional_pairplot, pairplot
 
     posterior.set_default_x(torch.zeros(2))
-    figure, axes = pairplot(posterior.sample((500,)))
+    _, axes = pairplot(posterior.sample((500,)))
     assert axes.shape == (2, 2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
