@@ -184,9 +184,10 @@ def test_leaked_mass_is_rejected_from_draws_and_taken_off_densities(box_bank, tm
     density = np.exp(posterior.log_prob(grid, x))
     assert density.sum() * (2 * 10) / len(grid) == pytest.approx(1.0, abs=0.1)  # uncorrected: 1 - leaked
     weights = density / density.sum()
-    np.testing.assert_allclose(draws.mean(0), weights @ grid, atol=[0.01, 0.05])
+    np.testing.assert_allclose(draws.mean(0) / [1, 5], weights @ grid / [1, 5], atol=0.01)
     assert posterior.log_prob(np.array([1.01, 5.0]), x) == -np.inf
-    np.testing.assert_allclose(posterior.sample(np.stack([x, -x]), 5000, seed=0)[0].mean(0), draws.mean(0), atol=[0.02, 0.1])
+    batch = posterior.sample(np.stack([x, [0.0, 1.0]]), 5000, seed=0)
+    np.testing.assert_allclose(batch[0].mean(0) / [1, 5], draws.mean(0) / [1, 5], atol=0.02)
 
 
 def test_a_density_that_lies_outside_of_the_support_is_refused_in_one_line(box_bank, tmp_path):
