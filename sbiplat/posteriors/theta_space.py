@@ -22,7 +22,7 @@ from sbiplat.posteriors import passes
 from sbiplat.posteriors.passes import Contexts, stream
 from sbiplat.prior import Prior
 
-MASS_DRAWS = 1000
+MASS_DRAWS, MASS_SEED = 1000, 0x1EA5
 LEAST_MASS = 0.01
 Array = NDArray[np.float64]
 
@@ -70,7 +70,7 @@ class ThetaSpaceSampler(Contexts):
 
     def _mass(self, contexts: Tensor) -> Array:
         """m(x) of each context, (B,), from draws with a stream of their own."""
-        generator, out = torch.Generator(self.device).manual_seed(stream(0)), np.zeros(len(contexts))
+        generator, out = torch.Generator(self.device).manual_seed(stream(MASS_SEED)), np.zeros(len(contexts))
         for rows, draws in self.passes(len(contexts), MASS_DRAWS):
             theta = self.estimator.sample(contexts[rows], draws.stop - draws.start, generator).cpu().double().numpy()
             out[rows] += self.prior.contains(theta).sum(1) / MASS_DRAWS

@@ -18,7 +18,7 @@ from torch.distributions import Distribution, constraints
 
 from sbiplat.errors import ObservationError, PriorError, SettingError
 from sbiplat.observation import ObservationSpec
-from sbiplat.posteriors.base import Posterior
+from sbiplat.posteriors.base import Array, Posterior
 from sbiplat.prior import Prior
 
 STEP = 1e-3  # in z, of central differences
@@ -43,7 +43,7 @@ class SbiPrior(Distribution):
         """(*sample_shape, D)."""
         shape = torch.Size(sample_shape)
         drawn = self.prior.sample(np.random.default_rng(_global_seed()), max(1, shape.numel()))
-        return torch.as_tensor(drawn[:shape.numel()], dtype=torch.float32).reshape(*shape, self.prior.dim)
+        return _single(drawn[:shape.numel()], self.prior).reshape(*shape, self.prior.dim)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log p(theta), -inf outside the support."""
@@ -90,7 +90,7 @@ class SbiPosterior(NeuralPosterior):
         """Draws given one x, (*sample_shape, D). max_sampling_batch_size is sbi's; passes are bounded here without it."""
         shape = torch.Size(sample_shape)
         drawn = self.posterior.sample(self._one(self._x_else_default_x(x))[0].numpy(), max(1, shape.numel()), seed=_global_seed())
-        return torch.as_tensor(drawn[:shape.numel()], dtype=torch.float32).reshape(*shape, self.posterior.prior.dim)
+        return _single(drawn[:shape.numel()], self.posterior.prior).reshape(*shape, self.posterior.prior.dim)
 
     def sample_batched(
         self, sample_shape: Any, x: Any, show_progress_bars: bool = False, max_sampling_batch_size: int | None = None,
@@ -98,8 +98,7 @@ class SbiPosterior(NeuralPosterior):
         """Draws given each of B observations, (*sample_shape, B, D)."""
         shape, batch = torch.Size(sample_shape), self._batch(x)
         drawn = self.posterior.sample(batch.numpy(), max(1, shape.numel()), seed=_global_seed())[:, :shape.numel()]
-        theta = torch.as_tensor(drawn, dtype=torch.float32).transpose(0, 1)
-        return theta.reshape(*shape, len(batch), self.posterior.prior.dim)
+        return _single(drawn, self.posterior.prior).transpose(0, 1).reshape(*shape, len(batch), self.posterior.prior.dim)
 
     def log_prob(self, theta: Any, x: Any = None, norm_posterior: bool = True, track_gradients: bool = False) -> Tensor:
         """log q(theta | x) of theta (N, D) or (D,), given one x: (N,). It is normalised whatever norm_posterior says, without gradients."""
@@ -147,7 +146,7 @@ class SbiPosterior(NeuralPosterior):
             return float(values[0]), (values[1:prior.dim + 1] - values[prior.dim + 1:]) / (2 * STEP)
 
         found = [minimize(falling, z, jac=True, method="BFGS", options={"maxiter": num_iter}) for z in prior.unconstrain(best)]
-        return torch.as_tensor(prior.constrain(min(found, key=lambda f: f.fun).x)[None], dtype=torch.float32)
+        return _single(prior.constrain(min(found, key=lambda f: f.fun).x)[None], prior)
 
     def _x_else_default_x(self, x: Any) -> Any:
         if x is None and self.default_x is None:
@@ -179,7 +178,15 @@ def to_sbi(posterior: Posterior) -> SbiPosterior:
     return SbiPosterior(posterior)
 
 
-def _numpy(theta: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _single(theta: Array, prior: Prior) -> Tensor:
+    """theta in float32, rounded to the inside of the prior's support."""
+    low, high = (v.astype(np.float32) for v in prior.support)
+    low = np.where(low < prior.support[0], np.nextafter(low, np.float32(np.inf)), low)
+    high = np.where(high > prior.support[1], np.nextafter(high, np.float32(-np.inf)), high)
+    return torch.as_tensor(np.clip(theta.astype(np.float32), low, high))
+
+
+def _numpy(theta: Any) -> Array:
     return torch.as_tensor(theta).detach().cpu().double().numpy()
 
 

@@ -13,6 +13,7 @@ from conftest import NOISE, line_posterior
 import sbiplat as sp
 from sbiplat.errors import LeakageError, OtherTraining, RunError, SettingError
 from sbiplat.progress import silent
+from sbiplat.workflow import run_workflow
 
 pytest.importorskip("sbi")
 MODELS = [{"model": "maf"}, {"model": "nsf", "num_bins": 5, "tail_bound": 4.0}, {"model": "mdn", "num_components": 3}, {"model": "made"},
@@ -131,7 +132,9 @@ def test_draws_and_densities_of_a_batch_belong_to_their_own_observation(run):
     np.testing.assert_allclose(posterior.log_prob(theta, x), one_by_one, rtol=1e-4, atol=1e-4)
 
 
-def test_the_density_is_the_gaussian_that_is_known(run):
+def test_the_density_is_the_gaussian_that_is_known_and_draws_nothing_where_nothing_can_leak(run, monkeypatch):
+    """sbi draws 10,000 for every new x."""
+    monkeypatch.setattr("sbiplat.estimators.sbi_npe.SbiNPE.sample", None)
     x = np.array([0.5, -0.5])
     mean, sd = line_posterior(x)
     theta = mean + sd * np.array([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0]])
@@ -286,6 +289,13 @@ def test_other_mistakes_are_one_line(trained, box_bank, line_bank, run, tmp_path
     assert not (tmp_path / "r").exists()
     assert sp.from_sbi(net, line_bank, out=run.path, **right).weights_digest == run.weights_digest, "the same again"
     assert sp.Certificate.read(run).require(run).passed
+
+
+def test_a_workflow_that_would_train_it_is_refused_before_it_simulates(tmp_path):
+    (tmp_path / "flow.toml").write_text('out = "out"\n[simulate]\nsimulator = "two_moons"\nn = 100\n[train]\nestimator = "sbi"\n')
+    with pytest.raises(SettingError, match="sbi is not trained here: train it with sbi"):
+        run_workflow(tmp_path / "flow.toml")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dict_x_is_refused(tmp_path, trained):

@@ -147,6 +147,20 @@ def test_the_support_of_a_bounded_prior_is_its_box(tmp_path):
     assert (posterior.log_prob(posterior.sample((200,))) <= posterior.log_prob(theta) + 1e-3).all()
 
 
+def test_draws_stay_in_the_support_when_they_are_rounded_to_float32(tmp_path):
+    """0.1 in float32 is above 0.1, and some of these draws round to it."""
+    @sp.simulator(prior=sp.Prior({"a": sp.Uniform(0.1 - 2e-8, 0.1)}), x_shape=(1,), batched=True)
+    def narrow(theta, rng):
+        return rng.standard_normal(theta.shape)
+
+    bank = sp.simulate(narrow, 500, 1, tmp_path / "bank", workers=1, progress=silent)
+    run = sp.train(bank, "npe", out=tmp_path / "run", progress=silent, **{**QUICK, "max_epochs": 1})
+    posterior = run.to_sbi(allow_uncertified=True)
+    x = torch.zeros(1)
+    for drawn in (posterior.sample((200,), x=x), posterior.sample_batched((200,), x=x[None])[:, 0], posterior.prior.sample((200,))):
+        assert narrow.prior.contains(drawn.double().numpy()).all()
+
+
 def test_mistakes_are_one_line(posterior, tmp_path):
     for error, said, call in (
         (ObservationError, "2 observations were given, one is expected", lambda: posterior.sample((3,), x=torch.zeros(2, 2))),
@@ -185,6 +199,8 @@ def test_there_and_back_from_sbis_own_training(line_bank, tmp_path, monkeypatch)
     net = trainer.train(max_num_epochs=20)
     run = sp.from_sbi(net, line_bank, out="sbi.run", model="mdn", trained_on=theta, progress=silent)
     sp.gate(run, progress=silent, draws=500)
+    whole = trainer.build_posterior(net, prior=torch.distributions.MultivariateNormal(torch.tensor([1.0, 0.0]), torch.diag(torch.tensor([4.0, 1.0]))))
+    assert sp.from_sbi(whole, line_bank, out="sbi.run", model="mdn", progress=silent).weights_digest == run.weights_digest
     posterior = run.to_sbi(allow_uncertified=True).set_default_x(torch.tensor([0.5, -0.5]))
     mean, sd = line_posterior([0.5, -0.5])
     np.testing.assert_allclose(posterior.sample((4000,)).mean(0), mean, atol=0.3 * sd.max())
