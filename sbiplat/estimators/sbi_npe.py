@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -184,7 +185,5 @@ def _check_probes(module: SbiNPE, keys: Any) -> None:
     apart = _farthest(module.log_prob(module.probe_theta, module.context({"x": module.probe_x})), module.probe_log_prob)
     module.train(was_training)
     if not apart <= TOLERANCE:
-        from importlib.metadata import version
-
         raise RuntimeError(f"sbi {version('sbi')} computes other densities from these weights than the sbi that they came from; "
                            "install the version that run.json names")

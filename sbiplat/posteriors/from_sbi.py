@@ -54,9 +54,9 @@ def from_sbi(
     apart, split_settings = set_apart(bank, seed, {k: settings.pop(k) for k in SHARES if k in settings})
     prior = bank.header.prior
     architecture = Architecture("sbi", build_settings(SbiSettings, settings), prior.dim, bank.header.x, prior.gaussianised)
-    record = {**record_of(bank, architecture, split_settings, seed, apart, None, out),
-              "training": {name: getattr(split_settings, name) for name in SHARES}}
-    rows = _rows_of(trained_on, bank, apart)
+    record = record_of(bank, architecture, split_settings, seed, apart, None, out)
+    record["training"] = {name: getattr(split_settings, name) for name in SHARES}
+    record["split"]["trained_on"] = _rows_of(trained_on, bank, apart)  # which the certificate binds
     found = (out / "run.json").exists()
     if found:
         same_training(record, out)
@@ -73,7 +73,7 @@ def from_sbi(
     with files.locked(out, RunError(f"another process writes into {out}; wait for it, or use another out")):
         with files.disk_errors(out), files.atomic_path(out / "weights.safetensors") as temporary:
             temporary.write_bytes(data)
-        outcome = {"validation_loss": loss, "trained_by": f"sbi {version('sbi')}", "training_rows": rows,
+        outcome = {"validation_loss": loss, "trained_by": f"sbi {version('sbi')}",
                    "parameters": sum(p.numel() for p in estimator.parameters()), "seconds": round(time.monotonic() - start, 1)}
         files.write_json(out / "run.json", {**record, "finished": True, "outcome": outcome, "created": files.now(),
                                             "versions": {**versions(), "sbi": version("sbi")}})

@@ -11,7 +11,7 @@ import torch
 from conftest import NOISE, line_posterior
 
 import sbiplat as sp
-from sbiplat.errors import LeakageError, OtherTraining, RunError, SettingError
+from sbiplat.errors import LeakageError, OtherTraining, RunError, SettingError, Uncertified
 from sbiplat.progress import silent
 from sbiplat.workflow import run_workflow
 
@@ -213,7 +213,7 @@ def test_a_density_that_lies_outside_of_the_support_is_refused_in_one_line(box_b
 def test_a_well_trained_net_of_sbis_is_certified(run):
     certificate = sp.Certificate.read(run).require(run)
     assert certificate.content["estimator"] == "sbi"
-    assert run.record["outcome"]["training_rows"] == "5100 rows of the bank, none held out (checked)"
+    assert run.record["split"]["trained_on"] == "5100 rows of the bank, none held out (checked)"
     assert run.record["versions"]["sbi"]
     exact = -np.log(line_posterior(np.zeros(2))[1] / [2.0, 1.0] * np.sqrt(2 * np.pi * np.e)).sum()  # of z
     assert -run.record["outcome"]["validation_loss"] == pytest.approx(exact, abs=0.15)
@@ -244,6 +244,11 @@ def test_the_commands_work_on_such_a_run(run, tmp_path, capsys):
     assert np.loadtxt(tmp_path / "draws.csv", delimiter=",", skiprows=1).shape == (200, 2)
     sbiplat("report", copy, "--observation", tmp_path / "x.npy")
     assert "none held out (checked)" in (copy / "report.html").read_text()
+    record = json.loads((copy / "run.json").read_text())
+    record["split"]["trained_on"] = "by the user's word: those of sp.pairs"
+    (copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(Uncertified, match="is for other config"):
+        sp.load(copy)
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes
