@@ -40,7 +40,7 @@ def from_sbi(
     settings: the arguments of sbi's `posterior_nn` that it was built with (`SbiSettings`), and the shares of `sp.pairs`. The net is built
     anew from them, and nothing is written unless it gives the same densities. seed: that of `sp.pairs`, whose training rows sbi must have
     been given. trained_on: the theta it was given, (N, D), which is then held against the bank and its held-out rows; without it the run
-    says that the rows are by your word. Raises SettingError, BankError, RunError, LeakageError.
+    says that the rows are by your word. Raises SettingError, BankError, RunError.
     """
     require_sbi()
     start = time.monotonic()
@@ -92,13 +92,13 @@ def _density_of(trained: Any) -> nn.Module:
 
 
 def _adopted(estimator: SbiNPE, net: nn.Module, bank: Bank, apart: Split) -> float:
-    """Give the estimator the net's weights, and the mean of -log q(z | x) over the validation rows."""
+    """Give the estimator the net's weights; returns the mean of -log q(z | x), leakage and all, over the validation rows."""
     if len(apart.validation) < PROBES:
         raise BankError(f"{bank.path} leaves {len(apart.validation)} rows for validation, {PROBES} are needed; give a larger share")
     data = bank.at(apart.validation[:CHECKED])
     estimator.adopt(net, torch.as_tensor(data["theta"]), {"x": torch.as_tensor(data["x"])})
     pairs = pairs_at(bank, apart.validation)
-    log_q = ThetaSpaceSampler(estimator, bank.header.prior).log_prob(pairs["theta"][:, None], pairs["x"])
+    log_q = ThetaSpaceSampler(estimator, bank.header.prior).leaky_log_prob(pairs["theta"][:, None], pairs["x"])
     if not np.isfinite(log_q).all():
         bad = int((~np.isfinite(log_q)).sum())
         raise RunError(f"the net's density is not finite at {bad} of {len(log_q)} validation rows; train it again")
