@@ -5,7 +5,7 @@ r"""The posterior behind a density over theta itself (sbi's NPE), which may leak
 
 Draws beyond S are rejected, so they have the density :math:`q_S`, which `log_prob` gives. m(x) is the share of 1000 draws that lie in S, of
 more where under 2 % do, until 20 lie inside. The standard error of log m is 0.01 where a tenth leaks, 0.1 where nine tenths do, and at most
-0.3. Where less than 0.01 % lies inside, x is refused. Where S has no edge, m = 1 and nothing is drawn for it.
+0.22. Where less than 0.1 % lies inside, x is refused. Where S has no edge, m = 1 and nothing is drawn for it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sbiplat.posteriors.passes import Contexts, stream
 from sbiplat.prior import Prior
 
 MASS_DRAWS, MASS_SEED, LEAST_INSIDE = 1000, 0x1EA5, 20
-LEAST_MASS, MOST_DRAWS = 1e-4, 100_000  # how many tell that a mass is less
+LEAST_MASS, MOST_DRAWS = 1e-3, 20_000  # how many tell that a mass is less
 Array = NDArray[np.float64]
 
 
@@ -87,7 +87,7 @@ class ThetaSpaceSampler(Contexts):
             count = max(1, passes.ROWS_PER_PASS // len(few))
             kept[few] += self.prior.contains(self._drawn(contexts[few], count, generator)).sum(1)
             tried[few] += count
-        _require_mass(kept, tried, 0)
+            _require_mass(kept, tried, 0)
         return kept / tried
 
     def _drawn(self, contexts: Tensor, n: int, generator: torch.Generator) -> Array:
@@ -117,5 +117,5 @@ def _require_mass(kept: Any, tried: Any, first: int) -> None:
     bad = np.flatnonzero((tried >= MOST_DRAWS) & (kept < LEAST_MASS * tried))
     if bad.size:
         where = f" for observation {first + bad[0]}" if first + len(kept) > 1 else ""
-        raise LeakageError(f"less than {LEAST_MASS:.2%} of the density's mass lies in the prior's support{where}: x is unlike what it was "
+        raise LeakageError(f"less than {LEAST_MASS:.1%} of the density's mass lies in the prior's support{where}: x is unlike what it was "
                            "trained on, or it was trained too little or on other parameters")

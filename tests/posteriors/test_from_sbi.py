@@ -198,11 +198,11 @@ def test_where_little_mass_lies_inside_more_draws_tell_how_much(box_bank, tmp_pa
     posterior = sp.load(sp.from_sbi(net, box_bank, out=tmp_path / "run", model="mdn", num_components=1, progress=silent), allow_uncertified=True)
     grid = np.stack(np.meshgrid(np.linspace(-1, 1, 401)[1::2], np.linspace(0, 10, 401)[1::2], indexing="ij"), -1).reshape(-1, 2)
     cell, seen = 20 / len(grid), []
-    for x in np.array([[1.3, 2.6], [1.5, 3.0], [1.7, 3.4], [1.9, 3.8], [2.1, 4.2]]):
+    for x in np.linspace(1.2, 2.4, 9)[:, None] * [1.0, 2.0]:
         with torch.no_grad():
             condition = torch.as_tensor(x[None], dtype=torch.float32)
             mass = float(net.log_prob(torch.as_tensor(grid, dtype=torch.float32)[:, None], condition=condition).double().exp().sum() * cell)
-        if mass > 2e-4:
+        if mass > 2e-3:
             seen.append(mass)
             assert np.exp(posterior.log_prob(grid, x)).sum() * cell == pytest.approx(1.0, abs=0.7), x  # 3 errors of 0.22
             assert box.prior.contains(posterior.sample(x, 50, seed=0)).all()
