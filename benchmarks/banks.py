@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-from common import Cells, table
+from common import Cells, peak, table
 
 import sbiplat as sp
 from sbiplat.bank import index
@@ -46,12 +46,6 @@ def wide(theta, rng):
 def narrow(theta, rng):
     """Rows of a hundred bytes."""
     return theta.astype(np.float32) + rng.standard_normal((len(theta), 24), dtype=np.float32)
-
-
-def peak() -> float:
-    """MB of resident memory at most so far (getrusage would count the process that started this one)."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) / 1024
 
 
 def epoch(path: Path) -> dict[str, float]:

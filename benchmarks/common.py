@@ -42,6 +42,12 @@ def machine() -> dict[str, Any]:
     return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "versions": versions()}
 
 
+def peak() -> float:
+    """MB of resident memory at most so far (getrusage would count the process that started this one)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+
+
 def c2st(a: NDArray[np.float64], b: NDArray[np.float64], seed: int = 1) -> list[float]:
     """Classifier two-sample tests of K pairs of samples (K, n, D) by sbibm's protocol: 0.5 is indistinguishable.
 

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from sbiplat.gate.certificate import Certificate, gate, load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
+    from sbiplat.posteriors.from_sbi import from_sbi
     from sbiplat.posteriors.nearest import nearest
     from sbiplat.prior import Beta, Gamma, HalfNormal, LogNormal, LogUniform, MultivariateNormal, Normal, Prior, TruncatedNormal, Uniform
     from sbiplat.report.page import report
     from sbiplat.runs import Run
     from sbiplat.simulator import Simulator, simulator
+    from sbiplat.training.rows import pairs
     from sbiplat.training.trainer import train
 
 __version__ = "0.1.0"
@@ -40,20 +42,22 @@ _HOMES = {
     "sbiplat.gate.certificate": ("Certificate", "gate", "load"),
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
+    "sbiplat.posteriors.from_sbi": ("from_sbi",),
     "sbiplat.posteriors.nearest": ("nearest",),
     "sbiplat.prior": ("Beta", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Prior",
                       "TruncatedNormal", "Uniform"),
     "sbiplat.report.page": ("report",),
     "sbiplat.runs": ("Run",),
     "sbiplat.simulator": ("Simulator", "simulator"),
+    "sbiplat.training.rows": ("pairs",),
     "sbiplat.training.trainer": ("train",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
-    "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "gate", "load",
-    "nearest", "read_observation", "report", "simulate", "simulator", "train",
+    "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "from_sbi",
+    "gate", "load", "nearest", "pairs", "read_observation", "report", "simulate", "simulator", "train",
 ]
 
 

@@ -36,6 +36,10 @@ class SettingError(UserError):
     """A setting with an unknown name or an impossible value."""
 
 
+class LeakageError(UserError):
+    """A density over theta with nearly all of its mass beyond the prior's support."""
+
+
 class Uncertified(UserError):
     """A posterior without a certificate that holds for its exact weights and bank."""
 

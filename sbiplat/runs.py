@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from sbiplat.prior import Prior
 FORMAT_VERSION = 1
 # Settings that change how long a training takes or where it runs, not what it is: a resume may change them.
 PRACTICAL = ("threads", "device", "checkpoint_seconds")
+DOOR = "sbiplat.gate.certificate:load"  # by name, since it stands above
 
 
 _KINDS: dict[str, type] = {
@@ -155,6 +157,16 @@ class Run:
         except (SafetensorError, OSError, RuntimeError, KeyError) as error:
             raise RunError(f"{self.weights_path} is damaged or of another architecture: {str(error).splitlines()[0]}") from None
         return estimator.to(device).eval()
+
+    def to_sbi(self, *, allow_uncertified: bool = False, embedding: Any = None, device: str = "cpu") -> Any:
+        """The posterior behind sbi's `NeuralPosterior`: theta as float32 tensors in its own space, x as tensors.
+
+        Its draws take their seed from torch's global generator (`torch.manual_seed`), one number a call. Arguments as for `sbiplat.load`:
+        raises Uncertified unless the certificate holds; SettingError where sbi is missing or x is a dict.
+        """
+        module, _, attribute = DOOR.partition(":")
+        load = getattr(importlib.import_module(module), attribute)
+        return load(self, allow_uncertified=allow_uncertified, embedding=embedding, device=device).to_sbi()
 
     def metrics(self) -> list[dict[str, Any]]:
         """One record an epoch; lines that cannot be read are left out."""

@@ -39,7 +39,7 @@ from sbiplat.bank.farm import mpi_world
 from sbiplat.bank.fill import simulate as simulate_bank
 from sbiplat.bank.layout import Header
 from sbiplat.errors import BankError, OtherTraining, SettingError, Uncertified, UserError
-from sbiplat.estimators.base import Architecture, find
+from sbiplat.estimators.base import Architecture, find, find_trained_here
 from sbiplat.gate.certificate import Certificate, load
 from sbiplat.gate.certificate import gate as gate_run
 from sbiplat.gate.criteria import Criteria
@@ -154,7 +154,7 @@ class _Workflow:
             raise SettingError(f'{self.path}: it needs out = "folder" before the first table')
 
     def _check_training(self) -> None:
-        theirs = find(self.estimator).settings_class
+        theirs = find_trained_here(self.estimator).settings_class
         ours, rest = split(self.train, TrainSettings, theirs)
         build(TrainSettings, ours)
         build(theirs, rest)

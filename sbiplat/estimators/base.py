@@ -27,6 +27,7 @@ ESTIMATORS = {
     "npse": "sbiplat.estimators.npse:NPSE",
     "nle": "sbiplat.estimators.nle:NLE",
     "fmpe": "sbiplat.estimators.fmpe:FMPE",
+    "sbi": "sbiplat.estimators.sbi_npe:SbiNPE",
 }
 
 
@@ -35,12 +36,13 @@ class Estimator(nn.Module):
 
     settings_class: the frozen dataclass of the settings that shape it. posterior: which sampler stands behind it, a name in
     `posteriors.of_run`. training_defaults: what training takes where the user says nothing, such as `ema` and the number of steps.
-    most_failed: the largest share of failed rows of a bank that it may leave out.
+    most_failed: the largest share of failed rows of a bank that it may leave out. made_by: how its runs are made where `train` does not.
     """
 
     settings_class: ClassVar[type]
     posterior: ClassVar[str] = "direct"
     most_failed: ClassVar[float] = 1.0
+    made_by: ClassVar[str] = ""
     training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.0, "steps": 4000}
 
     def __init__(self, architecture: Architecture) -> None:
@@ -114,3 +116,11 @@ def find(name: str) -> type[Estimator]:
         raise SettingError(str(error).replace("no setting is called", "no estimator is called"))
     module, _, attribute = ESTIMATORS[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def find_trained_here(name: str) -> type[Estimator]:
+    """The same; raises SettingError where sbiplat does not train it."""
+    estimator = find(name)
+    if estimator.made_by:
+        raise SettingError(f"{name} is not trained here: {estimator.made_by}")
+    return estimator

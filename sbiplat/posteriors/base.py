@@ -129,6 +129,15 @@ class Posterior:
         draws = self.sample(x, n, seed=seed)
         return to_arviz(self.changed_prior or self.prior, fields, batched, draws, seed, self.facts)
 
+    def to_sbi(self) -> Any:
+        """This posterior behind sbi's `NeuralPosterior`, for sbi's analysis and diagnostics; see `Run.to_sbi`."""
+        from sbiplat.estimators.sbi_npe import require_sbi
+
+        require_sbi()
+        from sbiplat.posteriors.to_sbi import to_sbi
+
+        return to_sbi(self)
+
     @property
     def facts(self) -> dict[str, Any]:
         """What is written into files of draws: the provenance, and the figures of the last draws where a sampler has any."""

@@ -15,6 +15,7 @@ SAMPLERS = {
     "direct": "sbiplat.posteriors.direct:DirectSampler",
     "diffusion": "sbiplat.posteriors.diffusion:DiffusionSampler",
     "likelihood": "sbiplat.posteriors.likelihood:LikelihoodSampler",
+    "theta_space": "sbiplat.posteriors.theta_space:ThetaSpaceSampler",
 }
 
 
@@ -30,5 +31,5 @@ def _sampler(estimator: Estimator, run: Run, device: str) -> Sampler:
     if isinstance(estimator, Ensemble):
         return EnsembleSampler([_sampler(member, run, device) for member in estimator.members])
     module, _, attribute = SAMPLERS[estimator.posterior].partition(":")
-    prior = (run.prior.unconstrained_log_prob,) if estimator.posterior == "likelihood" else ()
-    return getattr(importlib.import_module(module), attribute)(estimator, *prior, device=device)
+    needs = {"likelihood": (run.prior.unconstrained_log_prob,), "theta_space": (run.prior,)}.get(estimator.posterior, ())
+    return getattr(importlib.import_module(module), attribute)(estimator, *needs, device=device)

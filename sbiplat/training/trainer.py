@@ -34,7 +34,7 @@ from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import versions
 from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
 from sbiplat.errors import RunError, SettingError
-from sbiplat.estimators.base import Architecture, Estimator, find
+from sbiplat.estimators.base import Architecture, Estimator, find, find_trained_here
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
@@ -68,7 +68,7 @@ def train(
     bank = (bank if isinstance(bank, Bank) else Bank.open(bank)).require_complete()
     if "embedding" in settings:
         settings["embedding"] = embeddings.register(settings["embedding"])
-    ours, theirs = split_settings(settings, TrainSettings, find(estimator).settings_class)
+    ours, theirs = split_settings(settings, TrainSettings, find_trained_here(estimator).settings_class)
     training = filled(build_settings(TrainSettings, ours), bank, find(estimator).training_defaults)
     prior = bank.header.prior
     shape = build_settings(find(estimator).settings_class, theirs)
