@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sbiplat.runs import Run
     from sbiplat.simulator import Simulator, simulator
     from sbiplat.training.trainer import train
+    from sbiplat.training.tune import tune
 
 __version__ = "0.1.0"
 
@@ -47,13 +48,14 @@ _HOMES = {
     "sbiplat.runs": ("Run",),
     "sbiplat.simulator": ("Simulator", "simulator"),
     "sbiplat.training.trainer": ("train",),
+    "sbiplat.training.tune": ("tune",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
     "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "gate", "load",
-    "nearest", "read_observation", "report", "simulate", "simulator", "train",
+    "nearest", "read_observation", "report", "simulate", "simulator", "train", "tune",
 ]
 
 

@@ -68,7 +68,7 @@ Watch = Callable[[int, float], bool]
 
 
 class Abandoned(Exception):
-    """Raised by a training that its watch gave up."""
+    """Raised by a training that its watch gave up; its files stay."""
 
 
 def carry_out(wanted: Plan, out: Path, progress: Progress, *, watch: Watch | None = None, bank_is_checked: bool = False) -> Run:
@@ -288,7 +288,6 @@ class _Training:
 
     def _show(self, epoch: int, best: float) -> None:
         if self.watch is not None and self.watch(epoch, best):
-            shutil.rmtree(self.run.path / "checkpoint", ignore_errors=True)
             raise Abandoned
 
     def _show_again(self) -> None:
