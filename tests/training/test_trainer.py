@@ -90,6 +90,38 @@ def test_a_finished_run_is_returned_at_once_and_other_settings_are_refused(line_
     train(line_bank, line_run.path, checkpoint_seconds=5)  # practical settings may change
 
 
+def test_a_run_of_before_a_setting_was_trained_with_its_default(line_bank, line_run, tmp_path):
+    shutil.copytree(line_run.path, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    for name in ("smooth", "accumulate", "precision", "compile"):
+        del record["training"][name]
+    files.write_json(tmp_path / "run" / "run.json", record)
+    assert train(line_bank, tmp_path / "run").weights_digest == line_run.weights_digest
+    with pytest.raises(OtherTraining, match="accumulate = 1, not 2"):
+        train(line_bank, tmp_path / "run", accumulate=2)
+
+
+def test_averages_follow_weights_that_a_module_replaces(line_bank, tmp_path):
+    """A buffer that is bound anew in every step, not changed in place, is averaged as it is now; what has no home is refused."""
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            if self.training:
+                self.count = self.count + 1
+            return x
+
+    run = train(line_bank, tmp_path / "run", embedding=Counts, ema=0.5, max_epochs=2)
+    steps = run.record["outcome"]["steps"]
+    assert abs(float(run.estimator().embedding.count) - (steps - 1)) < 1e-3, "sum of 2^-k (n - k) over k = 1, 2, ..."
+    odd = torch.nn.Linear(2, 2)
+    odd.register_state_dict_post_hook(lambda module, state, prefix, local: state.update(made_up=torch.zeros(1)))
+    with pytest.raises(SettingError, match="ema cannot average made_up"):
+        trainer._homes(odd)
+
+
 def test_best_weights_are_kept_when_later_epochs_are_worse(line_bank, tmp_path, monkeypatch):
     losses = iter([1.0, 0.5, 0.7, 0.8, 0.9, 0.95])
     kept = []
