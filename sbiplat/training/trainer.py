@@ -345,7 +345,10 @@ class _Training:
     def _checkpoint(self) -> None:
         self.state["seconds"] += time.monotonic() - self._clock
         self._clock = self._since = time.monotonic()
-        groups = {"weights": self.estimator.state_dict(), "best": self.best, "generator": {"state": torch.get_rng_state()},
+        generators = {"state": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        groups = {"weights": self.estimator.state_dict(), "best": self.best, "generator": generators,
                   **({"average": self.average} if self.average is not None else {}),
                   **{f"optimizer{k}": checkpoint.optimizer_tensors(o) for k, o in enumerate(self.optimizers)}}
         state = {k: (None if isinstance(v, float) and math.isinf(v) else v) for k, v in self.state.items()}
@@ -364,6 +367,8 @@ class _Training:
             for k, optimizer in enumerate(self.optimizers):
                 checkpoint.restore_optimizer(optimizer, groups.get(f"optimizer{k}", {}))
             torch.set_rng_state(groups["generator"]["state"])
+            if self.device.type == "cuda" and "cuda" in groups["generator"]:
+                torch.cuda.set_rng_state(groups["generator"]["cuda"], self.device)
         kept = [m for m in self.run.metrics() if m.get("epoch", -1) < self.state["epoch"]]
         files.write_text(self.run.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 

@@ -1,8 +1,9 @@
 r"""Tuning: which flow, width, depth and learning rate, by trials that are ordinary trainings, most of them given up early.
 
 Settings are proposed by a tree-structured Parzen estimator (Bergstra et al., 2011), the first being the defaults, and trials are stopped
-by asynchronous successive halving (Li et al., 2020), both optuna's. What is compared is the best validation loss up to an epoch: at
-rungs of m, 3m, ... epochs, :math:`m = \lceil E / 9 \rceil` of E, a trial goes on if it is among the best third of those that came so far.
+by asynchronous successive halving (Li et al., 2020), both optuna's. What is compared is the best validation loss up to an epoch: after
+:math:`m = \lceil E / 4 \rceil` and 2m of E epochs a trial goes on if it is among the better half of those that came so far. Earlier
+and stricter rungs would judge by the learning rate: until the cosine has brought it down, a high one that ends best looks worse.
 
 Every trial trains on the same rows with the same seed; rows that are held out for the gate are never read. A trial's settings are a
 function of (seed, number, the trials before), written before it begins, so a search that was killed goes on with the trial that was under
@@ -41,7 +42,8 @@ from sbiplat.training.gradient import check_compiler
 from sbiplat.training.trainer import Abandoned, carry_out
 
 VERSION = 1
-HALVING = 3
+STATES = ("running", "complete", "pruned", "diverged")
+HALVING = 2
 STARTUP_TRIALS = 8  # drawn from the whole space before proposals learn from losses
 # Of training: settings by which validation losses are of other rows, or are not to be compared at one epoch; and those that change nothing.
 NOT_SEARCHED = ("validation", "held_out", "held_out_most", "max_epochs", "patience", "smooth", "memory_mb", "compile", *PRACTICAL)
@@ -231,9 +233,13 @@ class _Search:
                 raise OtherTraining(f"the search in {self.out} was begun with {name} = {theirs!r}, not {mine!r}; "
                                     "use the same settings to resume, or another --out")
         trials = found.get("trials")
-        if not isinstance(trials, list) or not all(isinstance(t, dict) and {"settings", "state"} <= set(t) for t in trials):
+        if not isinstance(trials, list) or not all(self._is_trial(t) for t in trials):
             raise RunError(f"{path} is damaged: its trials are no list of trials; give another --out")
         self.trials = trials
+
+    def _is_trial(self, told: Any) -> bool:
+        return isinstance(told, dict) and (told.get("state") == "running" or {"losses", "epochs", "validation_loss"} <= set(told)) \
+            and told.get("state") in STATES and isinstance(told.get("settings"), dict) and set(told["settings"]) == set(self.space)
 
     def _settle(self) -> Run:
         """Make the best trial's run the one in `out`, unless it is."""
