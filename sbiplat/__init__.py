@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from sbiplat.simulator import Simulator, simulator
     from sbiplat.training.rows import pairs
     from sbiplat.training.trainer import train
+    from sbiplat.training.tune import tune
 
 __version__ = "0.1.0"
 
@@ -51,13 +52,14 @@ _HOMES = {
     "sbiplat.simulator": ("Simulator", "simulator"),
     "sbiplat.training.rows": ("pairs",),
     "sbiplat.training.trainer": ("train",),
+    "sbiplat.training.tune": ("tune",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
     "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "from_sbi",
-    "gate", "load", "nearest", "pairs", "read_observation", "report", "simulate", "simulator", "train",
+    "gate", "load", "nearest", "pairs", "read_observation", "report", "simulate", "simulator", "train", "tune",
 ]
 
 

@@ -28,6 +28,10 @@ class OtherTraining(RunError):
     """A run directory that holds a training with other settings, or on another bank."""
 
 
+class Diverged(RunError):
+    """A training whose loss or gradient is not finite, again and again."""
+
+
 class ObservationError(UserError):
     """An observation of the wrong shape, with NaN, or in a file that cannot be read."""
 

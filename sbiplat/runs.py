@@ -6,6 +6,7 @@
     RUN/checkpoint/           what an unfinished training resumes from; gone when it has finished
     RUN/certificate.json      the gate's verdict           RUN/diagnostics.npz  what its figures were made of
     RUN/report.html           the report
+    RUN/tune.json, tuned.toml, trials/   of a run that was tuned: the search, the settings it found, and what it tried
 """
 
 from __future__ import annotations

@@ -7,12 +7,13 @@ An unknown name or an impossible value is one line that says what was expected.
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import tomllib
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,6 +27,49 @@ S = TypeVar("S")
 def setting(default: Any, about: str, *, low: float = -math.inf, high: float = math.inf, among: Sequence[str] = ()) -> Any:
     """A dataclass field with its documentation and range."""
     return field(default=default, metadata={"about": about, "low": low, "high": high, "among": tuple(among)})
+
+
+@dataclass(frozen=True)
+class Interval:
+    """The values of a setting that a search may try, low to high: whole numbers where both ends are; even in the logarithm if `log`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value lies in it."""
+        return isinstance(value, int | float) and self.low <= value <= self.high
+
+
+Space = dict[str, "Interval | tuple[Any, ...]"]  # the values of each setting that a search may try: an interval, or some
+
+
+def space(values: Mapping[str, Any], *classes: type) -> Space:
+    """A search space from plain values: a list of choices, or {"low": ..., "high": ..., "log": ...}; raises SettingError."""
+    out: Space = {}
+    for name, given in values.items():
+        cls = next((c for c, part in zip(classes, split({name: None}, *classes), strict=True) if part))
+        if isinstance(given, Interval | Mapping):
+            table = asdict(given) if isinstance(given, Interval) else given
+            if not {"low", "high"} <= set(table) <= {"low", "high", "log"} or not isinstance(table.get("log", False), bool):
+                raise SettingError(f"search of {name}: expected {{low = ..., high = ..., log = true or false}}, or a list of values")
+            low, high = (getattr(build(cls, {name: table[end]}), name) for end in ("low", "high"))
+            if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in (low, high)) or not low < high:
+                raise SettingError(f"search of {name}: low = {low!r} must be below high = {high!r}, both numbers")
+            if table.get("log") and low <= 0:
+                raise SettingError(f"search of {name}: low = {low!r} must be above 0 where log = true")
+            out[name] = Interval(low, high, table.get("log", False))
+        elif isinstance(given, list | tuple) and len(given):
+            out[name] = tuple(getattr(build(cls, {name: v}), name) for v in given)
+        else:
+            raise SettingError(f"search of {name} = {given!r}: expected a list of values, or {{low = ..., high = ..., log = ...}}")
+    return out
+
+
+def toml_table(name: str, values: Mapping[str, Any]) -> str:
+    """A table of TOML, of numbers, texts, true or false, and lists of them; None is left out."""
+    return "".join([f"[{name}]\n", *(f"{k} = {json.dumps(v)}\n" for k, v in values.items() if v is not None)])
 
 
 def build(cls: type[S], values: Mapping[str, Any]) -> S:

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import norm
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-from common import c2st  # noqa: E402
+from common import c2st
 
 ROWS = 1500
 

@@ -63,10 +63,20 @@ def _settings(config: Path | None, table: str, assignments: list[str] | None, **
     if not isinstance(values, dict):
         raise SettingError(f"{config}: [{table}] must be a table of settings, got {table} = {values!r}")
     values = {**values, **parse_assignments(assignments or [])}
-    for name in ("run", "bank", "out", "simulator", "progress"):
+    for name in ("run", "bank", "out", "simulator", "progress", "trials", "search"):
         if name in values:
             raise SettingError(f"{name} is no setting; the command itself takes it (see sbiplat {table} --help)")
     return {**values, **{k: v for k, v in options.items() if v is not None}}
+
+
+def _search_table(config: Path | None) -> dict[str, Any] | None:
+    """The table [search] of a TOML file, if there is one."""
+    from sbiplat.settings import read_toml
+
+    table = read_toml(config).get("search") if config else None
+    if table is not None and not isinstance(table, dict):
+        raise SettingError(f"{config}: [search] must be a table, got search = {table!r}")
+    return table
 
 
 # ------------------------------------------------------------------------------------------------------ simulators
@@ -157,7 +167,8 @@ def simulate(
 # ------------------------------------------------------------------------------------------------- train and gate
 
 
-@app.command(epilog="Example: sbiplat train moons.bank --estimator npe --out moons.run --set flow=maf --set max_epochs=50")
+@app.command(epilog="Examples: sbiplat train moons.bank --estimator npe --out moons.run --set flow=maf --set max_epochs=50; "
+                    "sbiplat train moons.bank --out tuned.run --tune 20 --set flow=nsf")
 def train(
     bank: BankPath,
     out: Annotated[Path, typer.Option(help="The run's directory. An unfinished run is resumed.")],
@@ -166,15 +177,26 @@ def train(
     assignments: Set = None,
     seed: MaybeSeed = None,
     simulator: Signals = None,
+    tune: Annotated[int | None, typer.Option(help="Search settings by so many trials, and keep the best one's run; what --config and --set "
+                                             "give is not searched. A table [search] in the config replaces the search space.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Train an estimator on a bank; resumes."""
-    from sbiplat.training.trainer import train as train_run
+    """Train an estimator on a bank; resumes. With --tune, first find its settings."""
+    settings = _settings(config, "train", assignments, estimator=estimator, seed=seed)
+    if tune is None:
+        from sbiplat.training.trainer import train as train_run
 
-    run = train_run(bank, out=out, simulator=simulator, **_settings(config, "train", assignments, estimator=estimator, seed=seed))
-    outcome = run.record["outcome"]
-    show(as_json, {"run": str(out), "weights_digest": run.weights_digest, "bank_digest": run.bank_digest, **outcome},
-         f"{out}: validation loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
+        run = train_run(bank, out=out, simulator=simulator, **settings)
+    else:
+        from sbiplat.training.tune import tune as search_settings
+
+        run = search_settings(bank, out=out, simulator=simulator, trials=tune, search=_search_table(config), **settings)
+    outcome, found = run.record["outcome"], run.record.get("tune")
+    told = f"trial {found['trial'] + 1} of {found['trials']} ({found['pruned']} given up early): " + ", ".join(
+        f"{k} = {json.dumps(v)}" for k, v in found["settings"].items()) + f"; in {out / 'tuned.toml'}\n" if found else ""
+    show(as_json, {"run": str(out), "weights_digest": run.weights_digest, "bank_digest": run.bank_digest, **outcome,
+                   **({"tune": found} if found else {})},
+         f"{told}{out}: validation loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
          f"next: sbiplat gate {out}")
 
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from sbiplat.errors import SettingError
 from sbiplat.nets.standardise import robust_scale
 from sbiplat.observation import ObservationSpec
+from sbiplat.settings import Interval, Space, unknown
 from sbiplat.settings import build as build_settings
-from sbiplat.settings import unknown
 
 ESTIMATORS = {
     "npe": "sbiplat.estimators.npe:NPE",
@@ -30,6 +30,8 @@ ESTIMATORS = {
     "sbi": "sbiplat.estimators.sbi_npe:SbiNPE",
 }
 
+LEARNING_RATES = Interval(3e-4, 1e-2, log=True)
+
 
 class Estimator(nn.Module):
     """Base of estimators.
@@ -37,6 +39,8 @@ class Estimator(nn.Module):
     settings_class: the frozen dataclass of the settings that shape it. posterior: which sampler stands behind it, a name in
     `posteriors.of_run`. training_defaults: what training takes where the user says nothing, such as `ema` and the number of steps.
     most_failed: the largest share of failed rows of a bank that it may leave out. made_by: how its runs are made where `train` does not.
+    search: what tuning tries where the user says nothing. of_the_loss: settings on which the meaning of the loss depends, so that no
+    search may compare losses over them.
     """
 
     settings_class: ClassVar[type]
@@ -44,6 +48,8 @@ class Estimator(nn.Module):
     most_failed: ClassVar[float] = 1.0
     made_by: ClassVar[str] = ""
     training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.0, "steps": 4000}
+    search: ClassVar[Space] = {"learning_rate": LEARNING_RATES}
+    of_the_loss: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()

@@ -22,11 +22,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbiplat.estimators.base import Architecture
+from sbiplat.estimators.base import LEARNING_RATES, Architecture
 from sbiplat.estimators.conditioned import Conditioned, ConditionedSettings
 from sbiplat.nets.fields import Field
 from sbiplat.nets.flows import GaussianHead, standard_normal_log_prob
-from sbiplat.settings import setting
+from sbiplat.settings import Interval, setting
 
 LEAST, MOST = 1e-3, 80.0  # noise levels, in units of the whitened posterior
 SOLVERS = ("heun", "dpm", "sde")
@@ -50,6 +50,7 @@ class Denoising(Conditioned):
     settings: DenoisingSettings
     posterior = "diffusion"
     training_defaults = {"ema": 0.999, "steps": 8000}
+    search = {"hidden": (32, 64, 128, 256), "blocks": Interval(2, 6), "learning_rate": LEARNING_RATES}
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)

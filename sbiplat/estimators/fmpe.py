@@ -36,6 +36,7 @@ class FMPE(Denoising):
 
     settings: FMPESettings
     settings_class = FMPESettings
+    of_the_loss = ("path", "time_power")
 
     def levels(self, u: Tensor) -> Tensor:
         t = u ** self.settings.time_power

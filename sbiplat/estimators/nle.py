@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from sbiplat.errors import SettingError
-from sbiplat.estimators.base import Architecture, Estimator
+from sbiplat.estimators.base import LEARNING_RATES, Architecture, Estimator
 from sbiplat.nets import embeddings, flows
 from sbiplat.nets.standardise import Standardise
-from sbiplat.settings import setting
+from sbiplat.settings import Interval, setting
 
 MOST_FEATURES = 512
 SAMPLERS = ("auto", "slice", "importance")
@@ -55,6 +55,8 @@ class NLE(Estimator):
     settings: NLESettings
     settings_class = NLESettings
     posterior = "likelihood"
+    search = {"flow": ("nsf", "maf", "coupling_nsf"), "transforms": Interval(2, 6), "hidden": ((32, 32), (64, 64), (128, 128)),
+              "learning_rate": LEARNING_RATES}
     most_failed = 0.01
 
     def __init__(self, architecture: Architecture) -> None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sbiplat.estimators.base import Architecture
+from sbiplat.estimators.base import LEARNING_RATES, Architecture
 from sbiplat.estimators.conditioned import Conditioned, ConditionedSettings
 from sbiplat.nets import flows
-from sbiplat.settings import setting
+from sbiplat.settings import Interval, setting
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class NPE(Conditioned):
 
     settings: NPESettings
     settings_class = NPESettings
+    search = {"flow": ("nsf", "maf", "coupling_nsf"), "transforms": Interval(2, 6), "hidden": ((32, 32), (64, 64), (128, 128)),
+              "learning_rate": LEARNING_RATES}
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)

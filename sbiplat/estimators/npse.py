@@ -37,6 +37,7 @@ class NPSE(Denoising):
 
     settings: NPSESettings
     settings_class = NPSESettings
+    of_the_loss = ("schedule", "weighting")
 
     def levels(self, u: Tensor) -> Tensor:
         if self.settings.schedule == "vp":

@@ -13,19 +13,21 @@ import torch
 
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import STATUS, simulator_of
-from sbiplat.bank.stream import Split
+from sbiplat.bank.stream import Split, pairs_at, split
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
-from sbiplat.estimators.base import Architecture, find
+from sbiplat.estimators.base import Architecture, find, find_trained_here
 from sbiplat.nets import embeddings
-from sbiplat.observe import Observe
+from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
 from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
 from sbiplat.settings import build as build_settings
-from sbiplat.settings import setting
+from sbiplat.settings import setting, whole_seed
+from sbiplat.settings import split as split_settings
 from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 
 DEVICES = ("cpu", "cuda")
+PRECISIONS = ("float32", "bf16")
 HELD_OUT_LEAST = 500
 
 
@@ -51,6 +53,12 @@ class TrainSettings:
     held_out_most: int | None = setting(
         None, "at most so many rows for each of the two; by default 5000, fewer where they would take over an eighth of memory_mb", low=10)
     memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
+    smooth: float = setting(
+        0.0, "exponential smoothing of the validation losses that patience looks at; 0: none", low=0.0, high=0.999)
+    accumulate: int = setting(1, "pieces of a batch whose gradients add up to one step's: less memory, the same step", low=1, high=65536)
+    precision: str = setting(
+        "float32", "of linear and convolution layers in training; all else, and what draws, is float32", among=PRECISIONS)
+    compile: bool = setting(False, "torch.compile of the loss; needs a C++ compiler, on CUDA Triton")
     threads: int = setting(1, "torch threads", low=1, high=1024)
     device: str = setting("cpu", "cpu, cuda or cuda:K")
     checkpoint_seconds: float = setting(30.0, "seconds between checkpoints", low=0.0)
@@ -80,34 +88,68 @@ def filled(settings: TrainSettings, bank: Bank, defaults: Mapping[str, Any]) -> 
     return build_settings(TrainSettings, values)
 
 
-def record_of(
-    bank: Bank, architecture: Architecture, training: TrainSettings, seed: int, apart: Split, observe: Observe | None, out: Path
-) -> dict[str, Any]:
-    """What this training is: run.json less its outcome."""
-    return {
-        "format_version": FORMAT_VERSION, "architecture": architecture.to_json(), "training": asdict(training), "seed": seed,
-        "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out),
-                 "digest": bank.digest, "rows": bank.rows, "simulator": bank.header.simulator,
-                 "seed": bank.header.seed, "block_size": bank.header.block_size},
-        "prior": bank.header.prior.to_json(),
-        "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
-                  "left_out": apart.left_out, "digest": apart.digest()},
-        "observe_source": source_digest(observe.function) if observe else None,
-        "embedding_source": embeddings.source_digest(getattr(architecture.settings, "embedding", "mlp")),
-    }
+@dataclass(frozen=True)
+class Plan:
+    """A training before it begins: which net, on which rows of which bank, how."""
+
+    bank: Bank
+    architecture: Architecture
+    training: TrainSettings
+    seed: int
+    apart: Split
+    observe: Observe | None
+
+    def record(self, out: Path) -> dict[str, Any]:
+        """What this training is: run.json less its outcome."""
+        bank, apart, shape = self.bank, self.apart, self.architecture.settings
+        return {
+            "format_version": FORMAT_VERSION, "architecture": self.architecture.to_json(), "training": asdict(self.training),
+            "seed": self.seed,
+            "bank": {"path": str(bank.path.resolve()), "relative_path": os.path.relpath(bank.path, out),
+                     "digest": bank.digest, "rows": bank.rows, "simulator": bank.header.simulator,
+                     "seed": bank.header.seed, "block_size": bank.header.block_size},
+            "prior": bank.header.prior.to_json(),
+            "split": {"validation": len(apart.validation), "held_out": len(apart.held_out), "training": apart.training_rows,
+                      "left_out": apart.left_out, "digest": apart.digest()},
+            "observe_source": source_digest(self.observe.function) if self.observe else None,
+            "embedding_source": embeddings.source_digest(getattr(shape, "embedding", "mlp")),
+        }
 
 
-def check_new(bank: Bank, architecture: Architecture, seed: int, apart: Split, out: Path, progress: Progress) -> None:
-    """All that can be told before anything is written: the place, the net, the bank."""
+def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulator | str | None, settings: Mapping[str, Any]) -> Plan:
+    """The training that these words ask for; see `trainer.train`."""
+    seed = whole_seed(seed)
+    bank = (bank if isinstance(bank, Bank) else Bank.open(bank)).require_complete()
+    kind, values = find_trained_here(estimator), dict(settings)
+    if "embedding" in values:
+        values["embedding"] = embeddings.register(values["embedding"])
+    ours, theirs = split_settings(values, TrainSettings, kind.settings_class)
+    training = filled(build_settings(TrainSettings, ours), bank, kind.training_defaults)
+    prior, shape = bank.header.prior, build_settings(kind.settings_class, theirs)
+    observe = observe_of(bank, simulator, f"sbiplat train {bank.path}")
+    architecture = Architecture(estimator, shape, prior.dim, observe.x if observe else bank.header.x, prior.gaussianised)
+    apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
+    if observe:
+        some = pairs_at(bank, apart.validation[:8])
+        check_observe(observe, some["x"], some["parameters"])
+    return Plan(bank, architecture, training, seed, apart, observe)
+
+
+def check_place(out: Path) -> None:
+    """A run may begin in a directory that is not there, or has nothing in it; raises RunError."""
     if out.exists() and (not out.is_dir() or any(p.name != "lock" and not p.name.startswith(".tmp-") for p in out.iterdir())):
         raise RunError(f"{out} holds other files and is no run; give the run another --out")
-    architecture.build(seed)
+
+
+def check_bank(plan: Plan, progress: Progress) -> None:
+    """All that can be told of the bank before anything is written: every byte, and how many rows failed; raises RunError."""
+    bank, apart, estimator = plan.bank, plan.apart, plan.architecture.estimator
     problems = bank.verify(progress)
     if problems:
         raise RunError(f"the bank cannot be trained on: {problems[0]}" + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""))
-    share, most = apart.left_out / bank.rows, find(architecture.estimator).most_failed
+    share, most = apart.left_out / bank.rows, find(estimator).most_failed
     if share > most:
-        raise RunError(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed, and {architecture.estimator} may leave out at most "
+        raise RunError(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed, and {estimator} may leave out at most "
                        f"{most:.2%}: its likelihood would be that of simulations that succeed; return an x in such rows, or use npe")
     if apart.left_out:
         progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: "
@@ -119,7 +161,8 @@ def same_training(record: Mapping[str, Any], out: Path) -> Run:
     run = Run.open(out)
 
     def flat(record: Mapping[str, Any]) -> dict[str, Any]:
-        settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL}}
+        training = {**asdict(TrainSettings()), **record["training"]}  # what a run of before a setting lacks is its default
+        settings = {**record["architecture"]["settings"], **{k: v for k, v in training.items() if k not in PRACTICAL}}
         return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
                 "the embedding's code": (record.get("embedding_source") or "none")[:12],

@@ -15,7 +15,7 @@ from torch import Tensor
 from sbiplat import files
 from sbiplat.errors import RunError
 
-VERSION = 1
+VERSION = 2
 
 
 def save(path: Path, training: str, groups: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:

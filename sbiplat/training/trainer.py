@@ -1,13 +1,14 @@
 r"""The trainer: one loop for every estimator.
 
-Per step: a batch, the mean loss, its gradient clipped to a global norm, one step of AdamW (matrices by
+Per step: a batch, the mean loss, its gradient (see `gradient`) clipped to a global norm, one step of AdamW (matrices by
 Muon where `optimizer = "muon"`: Jordan et al., 2024), the rate by linear warm-up and then a cosine to zero,
 
 .. math:: \eta_t = \eta \min(1, t / t_w) \cdot \tfrac12 (1 + \cos(\pi t / T)),
 
 and, where asked, an exponential moving average of the weights. A step whose loss or gradient is not finite is left out;
 many in a row bring back the best weights at half the rate. The validation loss is taken every epoch over a fixed set
-of rows, on the averaged weights where there are any; the best are kept and training stops early when they stay the best.
+of rows, on the averaged weights where there are any; the best are kept, and training stops early when the loss, smoothed where
+asked, has long been no less.
 
 Every random choice is a function of (seed, epoch), and the state between two steps can be written and read, so a resumed
 training ends with the weights of an unbroken one. torch's global generator is left as it was.
@@ -19,7 +20,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,20 +33,16 @@ from torch import Tensor, nn
 from sbiplat import files
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import versions
-from sbiplat.bank.stream import Batches, Pairs, Split, pairs_at, split, take
-from sbiplat.errors import RunError, SettingError
-from sbiplat.estimators.base import Architecture, Estimator, find, find_trained_here
-from sbiplat.nets import embeddings
-from sbiplat.observe import Observe, check_observe
+from sbiplat.bank.stream import Batches, Pairs, pairs_at, take
+from sbiplat.errors import Diverged, RunError, SettingError
+from sbiplat.estimators.base import Estimator
 from sbiplat.progress import Progress
 from sbiplat.runs import Run
-from sbiplat.settings import build as build_settings
-from sbiplat.settings import split as split_settings
-from sbiplat.settings import whole_seed
 from sbiplat.signals import Interrupted, Signals, Stopped
 from sbiplat.simulator import Simulator
 from sbiplat.training import checkpoint
-from sbiplat.training.begin import TrainSettings, check_new, filled, observe_of, record_of, same_training
+from sbiplat.training.begin import Plan, TrainSettings, check_bank, check_place, plan, same_training
+from sbiplat.training.gradient import Gradient, check_compiler
 
 SCALE_ROWS = 50_000
 SCALE_BYTES = 2**28
@@ -64,35 +61,39 @@ def train(
     `observe` makes x of them in every epoch; needed where it has no registered name. Raises SettingError, BankError,
     RunError where `out` holds another training, and Stopped after SIGINT or SIGTERM.
     """
-    seed = whole_seed(seed)
-    bank = (bank if isinstance(bank, Bank) else Bank.open(bank)).require_complete()
-    if "embedding" in settings:
-        settings["embedding"] = embeddings.register(settings["embedding"])
-    ours, theirs = split_settings(settings, TrainSettings, find_trained_here(estimator).settings_class)
-    training = filled(build_settings(TrainSettings, ours), bank, find(estimator).training_defaults)
-    prior = bank.header.prior
-    shape = build_settings(find(estimator).settings_class, theirs)
-    observe = observe_of(bank, simulator, f"sbiplat train {bank.path}")
-    architecture = Architecture(estimator, shape, prior.dim, observe.x if observe else bank.header.x, prior.gaussianised)
-    progress = progress or Progress.auto()
-    torch.set_num_threads(training.threads)
+    return carry_out(plan(bank, estimator, seed, simulator, settings), Path(out), progress or Progress.auto())
 
-    out = Path(out)
-    apart = split(bank, seed, training.validation, training.held_out, training.held_out_most)
-    record = record_of(bank, architecture, training, seed, apart, observe, out)
-    if observe:
-        some = pairs_at(bank, apart.validation[:8])
-        check_observe(observe, some["x"], some["parameters"])
+
+Watch = Callable[[int, float], bool]
+
+
+class Abandoned(Exception):
+    """Raised by a training that its watch gave up; its files stay."""
+
+
+def carry_out(wanted: Plan, out: Path, progress: Progress, *, watch: Watch | None = None, bank_is_checked: bool = False) -> Run:
+    """Train what is planned, or go on with it, or return the finished run. Raises as `train` does.
+
+    watch: called after every epoch with its number and the best validation loss so far, on a resume with all those before first;
+    where it says True, the training raises Abandoned. A finished run is returned without asking.
+    """
+    torch.set_num_threads(wanted.training.threads)
+    record = wanted.record(out)
     if not (out / "run.json").exists():
-        check_new(bank, architecture, seed, apart, out, progress)
+        check_place(out)
+        wanted.architecture.build(wanted.seed)
+        if not bank_is_checked:
+            check_bank(wanted, progress)
     elif (run := same_training(record, out)).finished:
         return run
+    if wanted.training.compile:
+        check_compiler(wanted.training.device)
     busy = RunError(f"another process is training into {out}; wait for it, or stop it first")
     with files.locked(out, busy), _global_generator_kept():
         if not (out / "run.json").exists():
             files.write_json(out / "run.json", {**record, "finished": False, "created": files.now(), "versions": versions()})
         run = same_training(record, out)  # another process may have begun or finished it meanwhile
-        return run if run.finished else _Training(run, bank, apart, training, observe, progress).finish()
+        return run if run.finished else _Training(run, wanted, progress, watch).finish()
 
 
 @contextmanager
@@ -115,8 +116,9 @@ def one_thread() -> Iterator[None]:
 class _Training:
     """One training under way: its state between two steps, and the steps."""
 
-    def __init__(self, run: Run, bank: Bank, apart: Split, settings: TrainSettings, observe: Observe | None, progress: Progress) -> None:
-        self.run, self.settings, self.observe, self.progress = run, settings, observe, progress
+    def __init__(self, run: Run, wanted: Plan, progress: Progress, watch: Watch | None) -> None:
+        bank, apart, settings, observe = wanted.bank, wanted.apart, wanted.training, wanted.observe
+        self.run, self.settings, self.observe, self.progress, self.watch = run, settings, observe, progress, watch
         self.device = torch.device(settings.device)
         self.batches = Batches(bank, apart, settings.batch_size or 1, run.seed, int(settings.memory_mb * 2**20))
         self.estimator: Estimator = run.architecture.build(run.seed)
@@ -128,12 +130,16 @@ class _Training:
         self.resident = None
         if self.batches.resident:  # with observe, x is made anew for every batch
             self.resident = self._tensors(self.batches.release()) if observe else self._prepared(self.batches.release())
-        self.optimizers = _optimizers(self.estimator, settings)
+        self.gradient = Gradient(self.estimator, settings)
+        self.parameters = [p for p in self.estimator.parameters() if p.requires_grad]
+        self.optimizers = _optimizers(self.parameters, settings)
         self.total_steps = settings.max_epochs * self.batches.per_epoch
         self.average = {k: v.detach().clone() for k, v in self.estimator.state_dict().items()} if settings.ema else None
+        self.averaged = _homes(self.estimator) if settings.ema else {}
         self.best: dict[str, Tensor] = self._weights()
         self.state: dict[str, Any] = {
-            "epoch": 0, "step_in_epoch": 0, "step": 0, "best_loss": math.inf, "best_epoch": -1, "rate_factor": 1.0,
+            "epoch": 0, "step_in_epoch": 0, "step": 0, "best_loss": math.inf, "best_epoch": -1,
+            "smoothed": math.inf, "least_smoothed": math.inf, "least_epoch": -1, "rate_factor": 1.0,
             "in_a_row": 0, "skipped": 0, "recoveries": 0, "train_loss": 0.0, "seconds": 0.0,
         }
         self._since = time.monotonic()
@@ -148,14 +154,18 @@ class _Training:
         signals = Signals()
         with signals.installed(), self.progress.task("train", self.total_steps) as advance:
             advance(state["step"])
-            while state["epoch"] < settings.max_epochs and state["epoch"] - state["best_epoch"] <= settings.patience:
+            self._show_again()
+            while state["epoch"] < settings.max_epochs and state["epoch"] - state["least_epoch"] <= settings.patience:
                 try:
                     self._epoch(signals, advance)
                 except Interrupted:
                     self._checkpoint()
                     raise Stopped(f"stopped in epoch {state['epoch']}: the state is kept in {self.run.path}; "
                                   "the same command resumes") from None
-        return self._write_result()
+        run = self._write_result()
+        if signals.requested and self.watch is not None:  # who watches has more to do, and is to stop too
+            raise Stopped(f"stopped when {self.run.path} was finished; the same command goes on")
+        return run
 
     def _epoch(self, signals: Signals, advance: Any) -> None:
         state = self.state
@@ -207,32 +217,34 @@ class _Training:
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            optimizer.zero_grad(set_to_none=True)
-        loss = self.estimator.loss(batch["theta"], batch["x"]).mean()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.estimator.parameters(), settings.clip_norm)
-        value = float(loss.detach())
-        if not (math.isfinite(value) and math.isfinite(float(norm))):
+        for parameter in self.parameters:
+            parameter.grad = None
+        loss = self.gradient(batch)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        value, size = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for once a step
+        if not (math.isfinite(value) and math.isfinite(size)):
             state["skipped"] += 1
             state["in_a_row"] += 1
             if state["in_a_row"] >= PATIENCE_WITH_NON_FINITE:
                 self._recover()
             return float(state["train_loss"])
+        if size > settings.clip_norm:
+            torch._foreach_mul_(gradients, settings.clip_norm / size)
         state["in_a_row"] = 0
         for optimizer in self.optimizers:
             optimizer.step()
         if self.average is not None:
-            now = self.estimator.state_dict()
             decay = min(settings.ema or 0.0, (1 + state["step"]) / (10 + state["step"]))
-            floats = [k for k, v in now.items() if v.is_floating_point()]
-            torch._foreach_lerp_([self.average[k] for k in floats], [now[k] for k in floats], 1 - decay)
+            now = [table[name].detach() for table, name in self.averaged.values()]
+            torch._foreach_lerp_([self.average[k] for k in self.averaged], now, 1 - decay)
         return value
 
     def _recover(self) -> None:
         """Back to the best weights at half the rate, with the optimizer's memory cleared."""
         state = self.state
         if state["recoveries"] >= MOST_RECOVERIES:
-            raise RunError(f"training in {self.run.path} diverged {MOST_RECOVERIES + 1} times (loss or gradient not finite); "
+            raise Diverged(f"training in {self.run.path} diverged {MOST_RECOVERIES + 1} times (loss or gradient not finite); "
                            f"try --set learning_rate={(self.settings.learning_rate or 1e-3) / 10:g}, or look for extreme x in the bank")
         state["recoveries"] += 1
         state["in_a_row"] = 0
@@ -240,7 +252,7 @@ class _Training:
         self.estimator.load_state_dict(self.best)
         if self.average is not None:
             self.average = {k: v.clone() for k, v in self.best.items()}
-        self.optimizers = _optimizers(self.estimator, self.settings)
+        self.optimizers = _optimizers(self.parameters, self.settings)
 
     def _end_epoch(self, advance: Any) -> None:
         state = self.state
@@ -248,6 +260,7 @@ class _Training:
         if validation < state["best_loss"]:
             state["best_loss"], state["best_epoch"] = validation, state["epoch"]
             self.best = self._weights()
+        self._smooth(validation)
         state["seconds"] += time.monotonic() - self._clock
         self._clock = time.monotonic()
         record = {
@@ -255,12 +268,34 @@ class _Training:
             "validation_loss": validation if math.isfinite(validation) else None,
             "learning_rate": self.optimizers[0].param_groups[0]["lr"], "seconds": round(state["seconds"], 3),
             "skipped_steps": state["skipped"], "recoveries": state["recoveries"],
+            **({"smoothed_loss": state["smoothed"] if math.isfinite(state["smoothed"]) else None} if self.settings.smooth else {}),
         }
         with files.disk_errors(self.run.path / "metrics.jsonl"), (self.run.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
         advance(0, f"epoch {state['epoch']}: validation loss {validation:.3f}, best {state['best_loss']:.3f}")
         state["epoch"] += 1
         state["step_in_epoch"] = 0
+        self._show(state["epoch"] - 1, state["best_loss"])
+
+    def _smooth(self, validation: float) -> None:
+        """s <- a s + (1 - a) v, from the first finite v on; patience counts from where s was least."""
+        state, share = self.state, self.settings.smooth
+        if math.isfinite(validation):
+            before = state["smoothed"] if math.isfinite(state["smoothed"]) else validation
+            state["smoothed"] = share * before + (1 - share) * validation if share else validation
+            if state["smoothed"] < state["least_smoothed"]:
+                state["least_smoothed"], state["least_epoch"] = state["smoothed"], state["epoch"]
+
+    def _show(self, epoch: int, best: float) -> None:
+        if self.watch is not None and self.watch(epoch, best):
+            raise Abandoned
+
+    def _show_again(self) -> None:
+        """Show the watch the epochs before a resume."""
+        best = math.inf
+        for record in self.run.metrics():
+            best = min(best, math.inf if record["validation_loss"] is None else record["validation_loss"])
+            self._show(record["epoch"], best)
 
     def _validation_loss(self) -> float:
         """Mean validation loss of the weights that would be kept, with its own fixed random stream."""
@@ -310,7 +345,10 @@ class _Training:
     def _checkpoint(self) -> None:
         self.state["seconds"] += time.monotonic() - self._clock
         self._clock = self._since = time.monotonic()
-        groups = {"weights": self.estimator.state_dict(), "best": self.best, "generator": {"state": torch.get_rng_state()},
+        generators = {"state": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.device)
+        groups = {"weights": self.estimator.state_dict(), "best": self.best, "generator": generators,
                   **({"average": self.average} if self.average is not None else {}),
                   **{f"optimizer{k}": checkpoint.optimizer_tensors(o) for k, o in enumerate(self.optimizers)}}
         state = {k: (None if isinstance(v, float) and math.isinf(v) else v) for k, v in self.state.items()}
@@ -329,6 +367,8 @@ class _Training:
             for k, optimizer in enumerate(self.optimizers):
                 checkpoint.restore_optimizer(optimizer, groups.get(f"optimizer{k}", {}))
             torch.set_rng_state(groups["generator"]["state"])
+            if self.device.type == "cuda" and "cuda" in groups["generator"]:
+                torch.cuda.set_rng_state(groups["generator"]["cuda"], self.device)
         kept = [m for m in self.run.metrics() if m.get("epoch", -1) < self.state["epoch"]]
         files.write_text(self.run.path / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in kept))
 
@@ -337,7 +377,7 @@ class _Training:
 
         path, state = self.run.weights_path, self.state
         if not math.isfinite(state["best_loss"]):
-            raise RunError(f"training in {self.run.path} never had a finite validation loss; try a lower learning_rate, or look for "
+            raise Diverged(f"training in {self.run.path} never had a finite validation loss; try a lower learning_rate, or look for "
                            "extreme x in the bank")
         with files.disk_errors(path), files.atomic_path(path) as temporary:
             save_file({k: v.cpu().contiguous() for k, v in self.best.items()}, temporary)
@@ -363,10 +403,19 @@ def _noise_seed(seed: int, epoch: int, step: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(0x0B5E, epoch + 2, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _optimizers(estimator: Estimator, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+def _homes(estimator: Estimator) -> dict[str, tuple[dict[str, Any], str]]:
+    """Where each floating-point tensor of the state_dict is found anew in every step: a table of its module, and its name there."""
+    floats = {k for k, v in estimator.state_dict().items() if v.is_floating_point()}
+    homes = {f"{path}.{name}".lstrip("."): (table, name) for path, module in estimator.named_modules(remove_duplicate=False)
+             for table in (module._parameters, module._buffers) for name in table}
+    if not floats <= set(homes):
+        raise SettingError(f"ema cannot average {min(floats - set(homes))}, which the net's own state_dict makes up; use ema = 0")
+    return {k: homes[k] for k in sorted(floats)}
+
+
+def _optimizers(parameters: list[nn.Parameter], settings: TrainSettings) -> list[torch.optim.Optimizer]:
     """AdamW for all, or Muon for matrices and AdamW for the rest, at one rate: Muon's updates are scaled to AdamW's size."""
     rate, decay = settings.learning_rate or 0.0, settings.weight_decay
-    parameters = [p for p in estimator.parameters() if p.requires_grad]
     if settings.optimizer == "adamw":
         return [torch.optim.AdamW(parameters, lr=rate, betas=(0.9, 0.99), weight_decay=decay, fused=True)]
     if not hasattr(torch.optim, "Muon"):

@@ -45,7 +45,11 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(line_bank, tmp
 @pytest.mark.parametrize("settings", [
     {}, {"ema": 0.99}, {"optimizer": "muon", "embedding_hidden": [64, 64]}, {"memory_mb": 1.0, "flow": "nsf", "transforms": 1}, {"flow": "mog"},
     {"estimator": "npse"}, {"estimator": "fmpe"}, {"estimator": "nle"}, {"members": 2}, {"flow": "cnf", "trace": "hutchinson", "ode_steps": 2},
-], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle", "ensemble", "cnf"])
+    {"accumulate": 3}, {"estimator": "npse", "accumulate": 2},
+    {"precision": "bf16", "flow": "nsf", "transforms": 1}, {"smooth": 0.8, "patience": 1, "learning_rate": 0.05},
+    pytest.param({"compile": True, "estimator": "npse", "blocks": 1, "precision": "bf16", "accumulate": 3}, marks=pytest.mark.science),
+], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle", "ensemble", "cnf", "accumulate", "npse accumulate", "bf16", "smooth",
+        "compile"])
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(line_bank, tmp_path, monkeypatch, settings):
     settings = {"max_epochs": 3, **settings}
     if "memory_mb" in settings:
@@ -88,6 +92,38 @@ def test_a_finished_run_is_returned_at_once_and_other_settings_are_refused(line_
     train(line_bank, line_run.path, checkpoint_seconds=5)  # practical settings may change
 
 
+def test_a_run_of_before_a_setting_was_trained_with_its_default(line_bank, line_run, tmp_path):
+    shutil.copytree(line_run.path, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    for name in ("smooth", "accumulate", "precision", "compile"):
+        del record["training"][name]
+    files.write_json(tmp_path / "run" / "run.json", record)
+    assert train(line_bank, tmp_path / "run").weights_digest == line_run.weights_digest
+    with pytest.raises(OtherTraining, match="accumulate = 1, not 2"):
+        train(line_bank, tmp_path / "run", accumulate=2)
+
+
+def test_averages_follow_weights_that_a_module_replaces(line_bank, tmp_path):
+    """A buffer that is bound anew in every step, not changed in place, is averaged as it is now; what has no home is refused."""
+    class Counts(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x):
+            if self.training:
+                self.count = self.count + 1
+            return x
+
+    run = train(line_bank, tmp_path / "run", embedding=Counts, ema=0.5, max_epochs=2)
+    steps = run.record["outcome"]["steps"]
+    assert abs(float(run.estimator().embedding.count) - (steps - 1)) < 1e-3, "sum of 2^-k (n - k) over k = 1, 2, ..."
+    odd = torch.nn.Linear(2, 2)
+    odd.register_state_dict_post_hook(lambda module, state, prefix, local: state.update(made_up=torch.zeros(1)))
+    with pytest.raises(SettingError, match="ema cannot average made_up"):
+        trainer._homes(odd)
+
+
 def test_best_weights_are_kept_when_later_epochs_are_worse(line_bank, tmp_path, monkeypatch):
     losses = iter([1.0, 0.5, 0.7, 0.8, 0.9, 0.95])
     kept = []
@@ -103,6 +139,47 @@ def test_best_weights_are_kept_when_later_epochs_are_worse(line_bank, tmp_path, 
     assert len(kept) == 5, "three epochs without a better loss stop the training"
     for name, value in run.estimator().state_dict().items():
         assert torch.equal(value, kept[1][name])
+
+
+def test_smoothed_losses_decide_when_to_stop_and_not_which_weights_are_kept(line_bank, tmp_path, monkeypatch):
+    """v = 1, 0, .9, .8, ...: s = .9 s + .1 v falls on after v was least, in epoch 1."""
+    losses = [1.0, 0.0, 0.9, 0.85, 0.95, 0.95, 0.95, 0.95, 0.95]
+    smoothed = [1.0]
+    for value in losses[1:]:
+        smoothed.append(0.9 * smoothed[-1] + 0.1 * value)
+    assert int(np.argmin(smoothed)) == 3
+    left = iter(losses)
+    monkeypatch.setattr(trainer._Training, "_validation_loss", lambda self: next(left))
+    run = train(line_bank, tmp_path / "run", max_epochs=50, patience=2, smooth=0.9)
+    assert run.record["outcome"]["best_epoch"] == 1
+    assert run.record["outcome"]["epochs"] == 3 + 2 + 1, "patience counts from the least smoothed loss"
+    np.testing.assert_allclose([m["smoothed_loss"] for m in run.metrics()], smoothed[:6])
+
+
+def test_a_training_recovers_from_a_burst_of_bad_steps_with_its_best_weights_at_half_the_rate(line_bank, tmp_path, monkeypatch):
+    original, recovered, made = NPE.loss, trainer._Training._recover, []
+
+    def loss(self, theta, x):
+        made.append(self.training)
+        bad = self.training and 45 < sum(made) <= 45 + trainer.PATIENCE_WITH_NON_FINITE
+        return original(self, theta, x) * (float("inf") if bad else 1.0)
+
+    def recover(self):
+        recovered(self)
+        for name, value in self.estimator.state_dict().items():
+            assert torch.equal(value, self.best[name])
+        assert not any(o.state for o in self.optimizers), "the optimizer's memory goes"
+
+    monkeypatch.setattr(NPE, "loss", loss)
+    monkeypatch.setattr(trainer._Training, "_recover", recover)
+    run = train(line_bank, tmp_path / "run", max_epochs=4)
+    outcome = run.record["outcome"]
+    assert (outcome["recoveries"], outcome["skipped_steps"]) == (1, trainer.PATIENCE_WITH_NON_FINITE)
+    monkeypatch.undo()
+    whole = train(line_bank, tmp_path / "whole", max_epochs=4)
+    rates = [[m["learning_rate"] for m in r.metrics()] for r in (run, whole)]
+    np.testing.assert_allclose(np.divide(*rates), [1, 0.5, 0.5, 0.5])
+    assert run.metrics()[-1]["validation_loss"] < run.metrics()[0]["validation_loss"]
 
 
 def test_steps_with_a_non_finite_loss_are_left_out(line_bank, tmp_path, monkeypatch):
