@@ -13,6 +13,7 @@ from sbiplat.errors import SettingError
 from sbiplat.estimators.base import Architecture
 from sbiplat.estimators.npe import NPESettings
 from sbiplat.nets import embeddings
+from sbiplat.nets.embeddings import names
 from sbiplat.nets.embeddings.dense import MLP
 from sbiplat.observation import ObservationSpec
 from sbiplat.progress import silent
@@ -139,6 +140,16 @@ def test_with_circular_padding_and_mean_pooling_no_shift_can_be_seen(kind, size)
     for changes in ({"padding": "zeros", "pooling": "mean"}, {"padding": "circular", "pooling": "flatten"}):
         other = built(kind, size, **changes)
         assert (other(torch.roll(x, 3, axes[-1])) - other(x)).abs().max() > 0.01, "the test can fail"
+
+
+@pytest.mark.parametrize("kind", ["transformer", "settransformer"])
+def test_the_fused_kernel_gives_what_the_formula_gives(kind):
+    net, x = built(kind, (32,)), rows(3, 32)
+    torch.testing.assert_close(net(x), net(x.clone().requires_grad_()), atol=2e-6, rtol=2e-6)
+    spec = ObservationSpec.declare({"draws": (8,), "mask": (8,)})
+    if kind == "settransformer":
+        net, x = built(kind, spec), masked(5, (8,))
+        torch.testing.assert_close(net(x), net({**x, "draws": x["draws"].requires_grad_()}), atol=2e-6, rtol=2e-6)
 
 
 def test_a_transformer_sees_where_its_patches_are():
@@ -384,6 +395,18 @@ def test_a_deep_set_finds_the_conjugate_posterior_of_a_mean_for_every_number_of_
         exact = x["draws"].sum(1) / (n + 1), (n + 1) ** -0.5
         assert np.sqrt(np.square(draws.mean(1) - exact[0]).mean()) < 0.2 * exact[1]
         np.testing.assert_allclose(draws.std(1).mean(), exact[1], rtol=0.1)
+
+
+def test_a_gated_run_with_an_embedding_of_yours_opens_where_it_is_named_again(banks, tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text(NET)
+    run = sp.train(banks((12,)), "npe", out=tmp_path / "run", embedding=f"{tmp_path / 'net.py'}:Net", progress=silent, **TINY)
+    sp.gate(run, progress=silent, draws=500)
+    for open_run in (sp.report, sp.load):
+        monkeypatch.setattr(names, "_registered", {})
+        kwargs = {"allow_uncertified": True} if open_run is sp.load else {"progress": silent}
+        with pytest.raises(SettingError, match="code of yours"):
+            open_run(Run.open(run.path), **kwargs)
+        assert open_run(Run.open(run.path), embedding=f"{tmp_path / 'net.py'}:Net", **kwargs)
 
 
 def test_no_module_is_imported_for_an_embedding_that_a_run_names(tmp_path):

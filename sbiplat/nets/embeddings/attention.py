@@ -2,8 +2,8 @@ r"""Attention, and the transformer for time series that is made of it (Vaswani e
 
 .. math:: \mathrm{att}(q, k, v) = \mathrm{softmax}\!\big(q k^\top / \sqrt{d}\big)\, v ,
 
-written out, since torch's fused kernels have no second derivative on a CPU, which penalties on the gradient with respect to x need. What a
-mask leaves out gets a weight of exactly 0.
+where what a mask leaves out gets a weight of exactly 0. On a CPU torch's fused kernel is three times as fast as the formula, but has no
+second derivative, which penalties on the gradient with respect to x need: so it is taken where x asks for no gradient.
 """
 
 from __future__ import annotations
@@ -28,17 +28,26 @@ class Attention(nn.Module):
         self.heads = heads
         self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in range(4))
 
-    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, queries: Tensor, keys: Tensor, values: Tensor, fused: bool, mask: Tensor | None = None) -> Tensor:
         q, k, v = (self._apart(layer(h)) for layer, h in ((self.q, queries), (self.k, keys), (self.v, values)))
-        scores = q @ k.mT / math.sqrt(q.shape[-1])
-        if mask is not None:
-            scores = scores.masked_fill(~mask[:, None, None, :], -math.inf)
-        joined = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        return self.out(joined)
+        seen = None if mask is None else mask[:, None, None, :]
+        made = nn.functional.scaled_dot_product_attention(q, k, v, seen) if fused else attend(q, k, v, seen)
+        return self.out(made.transpose(1, 2).flatten(2))
 
     def _apart(self, h: Tensor) -> Tensor:
         """(B, N, W) -> (B, heads, N, W / heads)."""
         return h.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The formula of the module's docstring over the last two axes; mask true where there is something."""
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1) @ v
+
+
+def may_fuse(x: Tensor) -> bool:
+    """Whether the fused kernel serves for the net of x; see the module's docstring."""
+    return x.device.type == "cpu" and not x.requires_grad
 
 
 class AttentionBlock(nn.Module):
@@ -53,9 +62,9 @@ class AttentionBlock(nn.Module):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, h: Tensor, fused: bool, mask: Tensor | None = None) -> Tensor:
         normed = self.norm(h)
-        h = h + self.attention(normed, normed, normed, mask)
+        h = h + self.attention(normed, normed, normed, fused, mask)
         return h + self.net(h)
 
 
@@ -68,8 +77,8 @@ class AttentionPool(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.attention(self.query.expand(len(h), -1, -1), self.norm(h), h, mask)[:, 0]
+    def forward(self, h: Tensor, fused: bool, mask: Tensor | None = None) -> Tensor:
+        return self.attention(self.query.expand(len(h), -1, -1), self.norm(h), h, fused, mask)[:, 0]
 
 
 class Transformer(nn.Module):
@@ -89,12 +98,13 @@ class Transformer(nn.Module):
         self.head = he(layers(shape.width, shape.hidden, shape.context, shape.activation))
 
     def forward(self, x: Tensor) -> Tensor:
+        fused = may_fuse(x)
         x = nn.functional.pad(x.reshape(len(x), -1, x.shape[-1]), (0, self.fill))
         tokens = x.unflatten(-1, (-1, self.patch)).transpose(1, 2).flatten(2)
         h = self.first(tokens) + self.positions
         for block in self.blocks:
-            h = block(h)
-        return self.head(self.pool(h))
+            h = block(h, fused)
+        return self.head(self.pool(h, fused))
 
 
 def positions(count: int, width: int) -> Tensor:

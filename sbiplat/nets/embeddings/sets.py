@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sbiplat.nets.embeddings.attention import AttentionBlock, AttentionPool
+from sbiplat.nets.embeddings.attention import AttentionBlock, AttentionPool, may_fuse
 from sbiplat.nets.embeddings.dense import he, layers
 from sbiplat.nets.embeddings.shape import Shape
 
@@ -64,10 +64,10 @@ class SetTransformer(_OfSet):
         self.pool = AttentionPool(shape.width, shape.heads)
 
     def pooled(self, elements: Tensor, present: Tensor | None) -> Tensor:
-        h = self.first(elements)
+        h, fused = self.first(elements), may_fuse(elements)
         some = None if present is None else present.any(1, keepdim=True)
         seen = None if present is None else present | ~some  # of an empty set all, so that no weight is 0 / 0
         for block in self.blocks:
-            h = block(h, seen)
-        pooled = self.pool(h, seen)
+            h = block(h, fused, seen)
+        pooled = self.pool(h, fused, seen)
         return pooled if some is None else pooled * some
