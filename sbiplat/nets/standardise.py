@@ -70,16 +70,18 @@ class Standardise(nn.Module):
             self.register_buffer(f"scale_{name}", torch.ones(size, dtype=dtype))
 
     def fit(self, x: dict[str, Tensor]) -> None:
-        """Set location and scale from rows of the bank; raises SettingError where a mask leaves nothing of them."""
+        """Set location and scale from rows of the bank; raises SettingError where a mask is none, or leaves nothing of them."""
         for name, how in self.transforms.items():
             values = transform(x[name], how).cpu().numpy()
             axes = self.shared[name] or ()
             rows = np.moveaxis(values, [k + 1 for k in axes], range(1, len(axes) + 1))
             rows = rows.reshape(-1, *rows.shape[len(axes) + 1:])
             if name in self.masks:
-                rows = rows[x[self.masks[name]].cpu().numpy().reshape(-1) > 0.5]
-                if not len(rows):
-                    raise SettingError(f"x's {self.masks[name]} is 0 in every row: it must be 1 where {name} holds an element")
+                mask = x[self.masks[name]].cpu().numpy().reshape(-1)
+                if not (mask == 1).any() or not np.isin(mask, (0, 1)).all():
+                    raise SettingError(f"x's {self.masks[name]} must be 1 where {name} holds an element and 0 elsewhere; it holds "
+                                       f"{', '.join(f'{v:g}' for v in np.unique(mask)[:3])}")
+                rows = rows[mask == 1]
             loc, scale = robust_scale(rows)
             for kind, value in (("loc", loc), ("scale", scale)):
                 buffer = getattr(self, f"{kind}_{name}")

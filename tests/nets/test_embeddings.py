@@ -169,11 +169,12 @@ def test_the_first_layer_is_numpys_projection_on_the_singular_vectors(shape):
 
 
 def test_fitting_scales_sets_the_first_layer_of_every_field_that_has_one():
-    spec = ObservationSpec.declare({"signal": (30,), "few": (4,), "image": (5, 5)})
+    spec = ObservationSpec.declare({"signal": (30,), "few": (4,), "fewer": (3,), "image": (5, 5)})
     estimator = architecture(spec, embedding="signal=resmlp,image=cnn2d", svd=3).build()
     x = {k: 5 + 2 * rows(200, *shape) for k, shape in spec.shapes.items()}
     estimator.fit_scales(torch.zeros(200, 1), x)
     prepared, nets = estimator.prepare(x), estimator.embedding.by_field()
+    assert nets["fewer"].basis is None, "three numbers need no reduced basis of three"
     for field in ("signal", "few"):
         _, _, vt = np.linalg.svd(prepared[field].double().numpy(), full_matrices=False)
         weight = nets[field].basis.weight.detach().double().numpy()
@@ -200,7 +201,7 @@ def architecture(spec, **settings):
     ((20,), {"embedding": "transformer", "heads": 3}, "embedding_width = 64 is no multiple of heads = 3; take 63"),
     ((6,), {"embedding": "cnn1d", "padding": "circular", "pooling": "mean"}, "circular padding of 8 is more than x's 6 places"),
     ((6,), {"svd": 7}, "svd = 7: x has 6 numbers"),
-    ((6,), {"embedding": "cnn1d", "svd": 3}, "svd = 3 sets the first layer of mlp and resmlp; embedding = cnn1d has none"),
+    ((6,), {"embedding": "cnn1d", "svd": 3}, "svd = 3 is of an mlp or resmlp over more numbers; embedding = cnn1d has none"),
     ((6,), {"embedding": "x=cnn1d"}, "is of a dict x, and x is one array: give one name, such as cnn1d"),
     ((6,), {"embedding": "conv"}, "conv"),
     ((6,), {"pooling": "max"}, "pooling = 'max': expected text, one of flatten, mean"),
@@ -259,8 +260,9 @@ def test_a_set_and_its_mask_through_the_whole_estimator_see_neither_order_nor_pa
     torch.testing.assert_close(estimator.context(estimator.prepare({k: v[:, order] for k, v in x.items()})), context, atol=1e-5, rtol=1e-5)
     filled = {**x, "x": torch.where(x["mask"][..., None] > 0, x["x"], 7.0)}
     torch.testing.assert_close(estimator.context(estimator.prepare(filled)), context)
-    with pytest.raises(SettingError, match="mask is 0 in every row"):
-        estimator.fit_scales(torch.zeros(500, 1), {**x, "mask": torch.zeros(500, 6)})
+    for wrong, holds in ((torch.zeros(500, 6), "0"), (2 * x["mask"], "0, 2"), (1 - 2 * x["mask"], "-1, 1")):
+        with pytest.raises(SettingError, match=f"mask must be 1 where x holds an element and 0 elsewhere; it holds {holds}$"):
+            estimator.fit_scales(torch.zeros(500, 1), {**x, "mask": wrong})
 
 
 def test_places_of_a_signal_share_one_scale_and_channels_have_their_own():

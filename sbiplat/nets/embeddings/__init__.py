@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +61,8 @@ def build(name: str, spec: ObservationSpec, shape: Shape) -> nn.Module:
     """The embedding of that name; raises SettingError where it is not known here, or cannot take this x."""
     parts = _by_field(name, spec)
     net = _one(name, spec, shape) if parts is None else _fused(parts, spec, shape)
-    if shape.svd and not any(isinstance(m, MLP) for m in net.modules()):
-        raise SettingError(f"svd = {shape.svd} sets the first layer of mlp and resmlp; embedding = {name} has none: leave svd away")
+    if shape.svd and not any(isinstance(m, MLP) and m.basis is not None for m in net.modules()):
+        raise SettingError(f"svd = {shape.svd} is of an mlp or resmlp over more numbers; embedding = {name} has none: leave svd away")
     return net
 
 
@@ -104,7 +104,8 @@ def _fused(parts: dict[str, str], spec: ObservationSpec, shape: Shape) -> Fused:
         mask = _mask_of(field, spec) if kind in _KINDS and _KINDS[kind].of_set else None
         if mask:
             masks[field] = mask
-        branches[field] = _one(kind, alone, shape, field, masked=mask is not None)
+        own = shape if alone.size > shape.svd else replace(shape, svd=0)  # so few numbers are a basis themselves
+        branches[field] = _one(kind, alone, own, field, masked=mask is not None)
         widths[field] = shape.context if kind in _KINDS else width_of(branches[field], alone, kind)
     return Fused(branches, widths, masks, shape)
 
