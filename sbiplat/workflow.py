@@ -131,7 +131,7 @@ class _Workflow:
             own, self.train = _apart(TrainTable, tables["train"])
             self.estimator, self.seed = own.estimator, own.seed
             if "embedding" in self.train:
-                self.train["embedding"] = self._place(str(self.train["embedding"]))
+                self.train["embedding"] = embeddings.by_name(self.train["embedding"], lambda name: self._place(str(name)))
             self._check_training()
         with self._mistakes_in("gate"):
             own, rest = _apart(GateTable, tables.get("gate", {}))

@@ -18,9 +18,22 @@ class ConditionedSettings:
     """How x becomes a context."""
 
     activation: str = setting("silu", "activation of every net", among=tuple(embeddings.ACTIVATIONS))
-    embedding: str = setting("mlp", "mlp, none, an installed embedding, or file.py:Class of your own")
-    embedding_hidden: tuple[int, ...] = setting((128, 128), "widths of the mlp embedding's hidden layers", low=1, high=65536)
-    context: int = setting(32, "size of the mlp embedding's output", low=1, high=65536)
+    embedding: str = setting("mlp", "the net that makes a context of x: a name (see Embeddings), names by field of a dict x such as "
+                             "signal=cnn1d,image=cnn2d, or file.py:Class of your own")
+    embedding_hidden: tuple[int, ...] = setting((128, 128), "widths of the embedding's hidden dense layers", low=1, high=65536)
+    context: int = setting(32, "size of the embedding's output", low=1, high=65536)
+    embedding_width: int = setting(64, "width of an element or token of deepset, settransformer and transformer", low=1, high=65536)
+    embedding_blocks: int = setting(2, "attention blocks; residual blocks a stage of resnet1d and resnet2d; hidden layers of an element of "
+                                    "deepset", low=1, high=256)
+    heads: int = setting(4, "heads of attention", low=1, high=1024)
+    channels: tuple[int, ...] = setting((16, 32, 64), "channels of each stage of a convolutional net, which halves the resolution", low=1,
+                                        high=65536)
+    kernel: int = setting(5, "places an axis that a convolution sees, odd", low=1, high=1023)
+    padding: str = setting("zeros", "what a convolution sees past the ends of x: zeros, or x again (circular)", among=("zeros", "circular"))
+    pooling: str = setting("flatten", "of a convolutional net's last places: flatten keeps where they are, mean forgets it",
+                           among=("flatten", "mean"))
+    patch: int = setting(16, "times in a token of transformer", low=1, high=65536)
+    svd: int = setting(0, "components of the bank's singular value decomposition that start mlp and resmlp; 0: none", low=0, high=65536)
     members: int = setting(1, "members of an ensemble, an equal mixture that is one posterior", low=1, high=100)
 
 
@@ -32,13 +45,18 @@ class Conditioned(Estimator):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
         settings: ConditionedSettings = architecture.settings
-        self.embedding = embeddings.build(settings.embedding, self.spec, settings.embedding_hidden, settings.context, settings.activation)
-        self.standardise = Standardise(self.spec, scale=getattr(self.embedding, "standardise", True))
+        shape = embeddings.Shape(
+            settings.embedding_hidden, settings.context, settings.activation, settings.embedding_width, settings.embedding_blocks,
+            settings.heads, settings.channels, settings.kernel, settings.padding, settings.pooling, settings.patch, settings.svd)
+        self.embedding = embeddings.build(settings.embedding, self.spec, shape)
+        self.standardise = Standardise(self.spec, embeddings.shared_axes(self.embedding, self.spec), embeddings.masks_of(self.embedding))
         self.width = embeddings.width_of(self.embedding, self.spec, settings.embedding)
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
         super().fit_scales(theta, x)
         self.standardise.fit(x)
+        if self.settings.svd:
+            embeddings.seed_bases(self.embedding, self.spec, self.prepare(x))
 
     @torch.no_grad()
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -46,4 +64,4 @@ class Conditioned(Estimator):
 
     def context(self, x: dict[str, Tensor]) -> Tensor:
         """s(x) of prepared x, (B, C)."""
-        return self.embedding(x.get("x", x)).float()
+        return embeddings.apply(self.embedding, self.spec, x).float()

@@ -26,6 +26,7 @@ from sbiplat import files
 from sbiplat.errors import ObservationError, SettingError, SimulatorError, Uncertified, UserError
 from sbiplat.gate.certificate import Certificate, load
 from sbiplat.gate.criteria import Criteria
+from sbiplat.nets import embeddings
 from sbiplat.observation import Fields, ObservationSpec, read_observation
 from sbiplat.prior import Prior
 from sbiplat.progress import Progress
@@ -58,6 +59,8 @@ def report(
     for name, value, least in (("draws", draws, LEAST_DRAWS), ("seed", seed, 0)):
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**62:
             raise SettingError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if embedding is not None:  # the verdict, too, is over its code
+        embeddings.register(embedding)
     progress = progress or Progress.auto()
     path = Path(out) if out else run.path / "report.html"
     x = _observation(run, observation, progress)
