@@ -25,7 +25,7 @@ from sbiplat.progress import Progress
 from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import whole_seed
-from sbiplat.training.begin import check_new, record_of, same_training
+from sbiplat.training.begin import Plan, check_bank, check_place, same_training
 from sbiplat.training.rows import SHARES, set_apart
 
 CHECKED = 256
@@ -54,14 +54,16 @@ def from_sbi(
     apart, split_settings = set_apart(bank, seed, {k: settings.pop(k) for k in SHARES if k in settings})
     prior = bank.header.prior
     architecture = Architecture("sbi", build_settings(SbiSettings, settings), prior.dim, bank.header.x, prior.gaussianised)
-    record = record_of(bank, architecture, split_settings, seed, apart, None, out)
+    wanted = Plan(bank, architecture, split_settings, seed, apart, None)
+    record = wanted.record(out)
     record["training"] = {name: getattr(split_settings, name) for name in SHARES}
     record["split"]["trained_on"] = _rows_of(trained_on, bank, apart)  # which the certificate binds
     found = (out / "run.json").exists()
     if found:
         same_training(record, out)
     else:
-        check_new(bank, architecture, seed, apart, out, progress)
+        check_place(out)
+        check_bank(wanted, progress)
     estimator = architecture.build()
     assert isinstance(estimator, SbiNPE)
     loss = _adopted(estimator, net, bank, apart)
