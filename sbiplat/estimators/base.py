@@ -47,7 +47,7 @@ class Estimator(nn.Module):
     posterior: ClassVar[str] = "direct"
     most_failed: ClassVar[float] = 1.0
     made_by: ClassVar[str] = ""
-    training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.0, "steps": 4000}
+    training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.999, "steps": 4000}
     search: ClassVar[Space] = {"learning_rate": LEARNING_RATES}
     of_the_loss: ClassVar[tuple[str, ...]] = ()
 

@@ -1,4 +1,4 @@
-"""What the estimators of theta given x share: the way from x to a context."""
+"""What the estimators of theta given x share: the way from x to a context, and the regression that theta is whitened by."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sbiplat.estimators.base import Architecture, Estimator
 from sbiplat.nets import embeddings
+from sbiplat.nets.regression import Regression
 from sbiplat.nets.standardise import Standardise
 from sbiplat.settings import setting
 
@@ -50,18 +51,39 @@ class Conditioned(Estimator):
             settings.heads, settings.channels, settings.kernel, settings.padding, settings.pooling, settings.patch, settings.svd)
         self.embedding = embeddings.build(settings.embedding, self.spec, shape)
         self.standardise = Standardise(self.spec, embeddings.shared_axes(self.embedding, self.spec), embeddings.masks_of(self.embedding))
-        self.width = embeddings.width_of(self.embedding, self.spec, settings.embedding)
+        self.width = embeddings.width_of(self.embedding, self.spec, settings.embedding) + self.dim
+        self.regression = Regression(self._numbers(self.prepare(self._zeros())).shape[1], self.dim)
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
         super().fit_scales(theta, x)
         self.standardise.fit(x)
         if self.settings.svd:
             embeddings.seed_bases(self.embedding, self.spec, self.prepare(x))
+        self.regression.fit(self._numbers(self.prepare(x)), self.scaled(theta))
 
     @torch.no_grad()
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return embeddings.prepare(self.embedding, self.spec, self.standardise(x))
 
     def context(self, x: dict[str, Tensor]) -> Tensor:
-        """s(x) of prepared x, (B, C)."""
-        return embeddings.apply(self.embedding, self.spec, x).float()
+        """Of prepared x, (B, C): what the embedding makes of it, and the regression's mean in the last D columns."""
+        return torch.cat([embeddings.apply(self.embedding, self.spec, x).float(), self.regression(self._numbers(x))], dim=1)
+
+    def whiten(self, theta: Tensor, context: Tensor) -> Tensor:
+        """w (..., D) of unconstrained theta, by the regression's mean and covariance."""
+        return self.regression.whiten(self.scaled(theta), context[..., -self.dim:])
+
+    def unwhiten(self, w: Tensor, context: Tensor) -> Tensor:
+        """The inverse of `whiten`."""
+        return self.unscaled(self.regression.unwhiten(w, context[..., -self.dim:]))
+
+    @property
+    def log_det(self) -> Tensor:
+        """log |dw / dtheta|, whatever x."""
+        return self.regression.log_det - self.theta_scale.log().sum()
+
+    def _numbers(self, x: dict[str, Tensor]) -> Tensor:
+        return embeddings.numbers(self.embedding, self.spec, x).float()
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {k: torch.zeros(1, *shape) for k, shape in self.spec.shapes.items()}

@@ -1,8 +1,7 @@
 r"""What score (NPSE) and flow-matching (FMPE) estimators share: the denoiser of whitened parameters.
 
-A Gaussian head on the context whitens z, :math:`w = A(c)(z - \mu(c))`, fitted by its own likelihood; the field is left with the
-shape, at unit scale however narrow the posterior is. w is turned into noise along a quarter of a circle, and the net predicts the
-velocity back (Salimans & Ho, 2022; Lu & Song, 2024),
+The regression of `nets.regression` whitens z to w; the field is left with what is not linear, at about unit scale. w is turned into
+noise along a quarter of a circle, and the net predicts the velocity back (Salimans & Ho, 2022; Lu & Song, 2024),
 
 .. math:: z_t = \cos t \; w + \sin t \; \varepsilon, \qquad F(z_t, t, c) \approx \mathbb{E}[\sin t \; w - \cos t \; \varepsilon \,|\, z_t],
           \qquad \frac{dz}{dt} = -F, \quad 0 \le t < \pi / 2 .
@@ -25,7 +24,6 @@ from torch import Tensor
 from sbiplat.estimators.base import LEARNING_RATES, Architecture
 from sbiplat.estimators.conditioned import Conditioned, ConditionedSettings
 from sbiplat.nets.fields import Field
-from sbiplat.nets.flows import GaussianHead, standard_normal_log_prob
 from sbiplat.settings import Interval, setting
 
 LEAST, MOST = 1e-3, 80.0  # noise levels, in units of the whitened posterior
@@ -54,7 +52,6 @@ class Denoising(Conditioned):
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
-        self.head = GaussianHead(architecture.dim, self.width)
         self.field = Field(architecture.dim, self.width, self.settings.hidden, self.settings.blocks)
 
     def levels(self, u: Tensor) -> Tensor:
@@ -79,16 +76,15 @@ class Denoising(Conditioned):
         return (self.denoise(y, s, conditions) - y) / s.square()
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
-        """The field's weighted squared error and the head's negative log-likelihood, (B,)."""
+        """The field's weighted squared error, (B,)."""
         context = self.context(x)
-        w, log_det = self.head.whiten(self.scaled(theta), context)
-        gaussian = -standard_normal_log_prob(w) - log_det
+        w = self.whiten(theta, context)
         count = self.settings.noises
         strata = (torch.rand(len(w), 1, 1, device=w.device) + torch.arange(count, device=w.device)[:, None] / count) % 1
         s = self.levels(strata.clamp(1e-6, 1 - 1e-6)).clamp(LEAST, MOST)
-        t, w, noise = s.atan(), w.detach()[:, None], torch.randn(len(w), count, self.dim, device=w.device)
+        t, w, noise = s.atan(), w[:, None], torch.randn(len(w), count, self.dim, device=w.device)
         error = self.velocity_back(t.cos() * w + t.sin() * noise, t, self.field.conditions(context)) - (t.sin() * w - t.cos() * noise)
-        return gaussian + (self.weight(s)[..., 0] * error.square().sum(-1)).mean(1)
+        return (self.weight(s)[..., 0] * error.square().sum(-1)).mean(1)
 
 
 def log_uniform(u: Tensor) -> Tensor:

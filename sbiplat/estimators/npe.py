@@ -50,11 +50,11 @@ class NPE(Conditioned):
 
     def log_prob(self, theta: Tensor, context: Tensor) -> Tensor:
         """log q(theta | context) over unconstrained theta (..., D), context (..., C): (...)."""
-        return self.density.log_prob(self.scaled(theta), context) - self.theta_scale.log().sum()
+        return self.density.log_prob(self.whiten(theta, context), context) + self.log_det
 
     def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """n unconstrained draws for each of B contexts (B, C): (B, n, D)."""
-        return self.unscaled(self.density.sample(context, n, generator))
+        return self.unwhiten(self.density.sample(context, n, generator), context[:, None])
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         return -self.log_prob(theta, self.context(x))

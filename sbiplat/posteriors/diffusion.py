@@ -108,15 +108,13 @@ class DiffusionSampler(Contexts):
         """(B, n, D); fixed by the seed, n and B."""
         contexts = self.contexts(x)
         conditions = self.estimator.field.conditions(contexts)
-        mu, A, _ = self.estimator.head(contexts)
         generator = torch.Generator(self.device).manual_seed(stream(seed))
 
         def one_pass(rows: slice, draws: slice) -> Tensor:
             shape = (rows.stop - rows.start, draws.stop - draws.start, self.estimator.dim)
             start = torch.randn(shape, generator=generator, device=self.device)
             w = self._solve(lambda z, t: self.estimator.velocity_back(z, t, conditions[rows]), start, generator)
-            z = mu[rows, None] + torch.linalg.solve_triangular(A[rows], w.mT, upper=False).mT
-            return self.estimator.unscaled(z).cpu()
+            return self.estimator.unwhiten(w, contexts[rows, None]).cpu()
 
         return self.joined(len(contexts), n, ((rows, draws, one_pass(rows, draws)) for rows, draws in self.passes(len(contexts), n)))
 
@@ -130,17 +128,15 @@ class DiffusionSampler(Contexts):
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> NDArray[np.float64]:
         contexts, values = self.contexts(x), torch.as_tensor(z, device=self.device)
         conditions = self.estimator.field.conditions(contexts)
-        mu, A, log_det = self.estimator.head(contexts)
         generator = torch.Generator(self.device).manual_seed(stream(0))
         hutchinson = self.estimator.settings.trace == "hutchinson"
-        constant = log_det - self.estimator.theta_scale.log().sum()
 
         def one_pass(rows: slice, draws: slice) -> Tensor:
-            w = (self.estimator.scaled(values[rows, draws]) - mu[rows, None]) @ A[rows].mT
+            w = self.estimator.whiten(values[rows, draws], contexts[rows, None])
             signs = torch.randint(0, 2, (PROBES, *w.shape), generator=generator, device=self.device) if hutchinson else None
             log_p = log_density(
                 lambda z, t: self.estimator.velocity_back(z, t, conditions[rows]), w, None if signs is None else 2.0 * signs - 1)
-            return (log_p + constant[rows, None]).cpu()
+            return (log_p + self.estimator.log_det).cpu()
 
         n = values.shape[1]
         parts = ((rows, draws, one_pass(rows, draws)) for rows, draws in self.passes(len(contexts), n))

@@ -45,7 +45,7 @@ class TrainSettings:
     patience: int = setting(20, "epochs without a better validation loss before stopping", low=1)
     clip_norm: float = setting(5.0, "largest norm of a step's gradient", low=1e-6)
     ema: float | None = setting(
-        None, "decay of the moving average of weights, a step; by default 0, none (npse, fmpe: 0.999)", low=0.0, high=0.99999)
+        None, "decay of the moving average of weights, a step; by default 0.999; 0: none", low=0.0, high=0.99999)
     validation: float = setting(0.05, "share of rows for the validation loss", low=0.001, high=0.5)
     held_out: float | None = setting(
         None, "share of rows kept for the gate, which training never sees; by default a tenth, of a small bank up to a fifth for 500 rows",

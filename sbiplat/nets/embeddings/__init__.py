@@ -28,9 +28,10 @@ from sbiplat.nets.embeddings.sets import DeepSet, SetTransformer
 from sbiplat.nets.embeddings.shape import Shape
 from sbiplat.observation import ObservationSpec
 
-__all__ = ["ACTIVATIONS", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of", "prepare", "register",
+__all__ = ["ACTIVATIONS", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of", "numbers", "prepare", "register",
            "seed_bases", "shared_axes", "source_digest", "width_of"]
 
+MOST_NUMBERS = 512
 Size = tuple[int, ...]
 
 
@@ -178,6 +179,25 @@ def prepare(embedding: nn.Module, spec: ObservationSpec, x: dict[str, Tensor]) -
 def apply(embedding: nn.Module, spec: ObservationSpec, x: dict[str, Tensor]) -> Tensor:
     """The context (B, C) of prepared x."""
     return embedding(x["x"] if spec.plain or hasattr(embedding, "summaries") else x)
+
+
+def numbers(embedding: nn.Module, spec: ObservationSpec, x: dict[str, Tensor]) -> Tensor:
+    """Prepared x as rows (B, F) on which a linear model may lean beside the net.
+
+    All of x for dense nets, the summaries where an embedding has some; F = 0 for nets whose context may be invariant (sets, convolutions,
+    a user's own), which such a model would break, and where there are over `MOST_NUMBERS`.
+    """
+    rows = len(next(iter(x.values())))
+    if isinstance(embedding, Fused):
+        nets = embedding.by_field()
+        found = torch.cat([numbers(net, _alone(spec, f), {"x": x[f]}) for f, net in nets.items()], dim=1)
+    elif hasattr(embedding, "summaries"):
+        found = flatten(x["x"])
+    elif isinstance(embedding, MLP | ResidualMLP | Flatten):
+        found = flatten(x)
+    else:
+        return torch.zeros(rows, 0)
+    return found if found.shape[1] <= MOST_NUMBERS else found[:, :0]
 
 
 def seed_bases(embedding: nn.Module, spec: ObservationSpec, x: dict[str, Tensor]) -> None:
