@@ -118,11 +118,11 @@ def test_a_compiled_training_resumes_to_the_same_weights_under_the_same_names(li
     np.testing.assert_allclose(*losses, atol=1e-4)
 
 
-def test_without_a_compiler_a_training_does_not_begin(line_bank, tmp_path, monkeypatch):
+def test_without_a_compiler_a_training_does_not_begin(line_bank, tmp_path):
     from torch._inductor import config
 
-    monkeypatch.setattr(config.cpp, "cxx", (None, str(tmp_path / "no-compiler")))
-    with pytest.raises(SettingError, match=r"compile = true: nothing can be compiled here \(.*\); install a C\+\+ compiler") as error:
+    message = r"compile = true: nothing can be compiled here \(.*\); install a C\+\+ compiler"
+    with config.patch({"cpp.cxx": (None, str(tmp_path / "no-compiler"))}), pytest.raises(SettingError, match=message) as error:
         sp.train(line_bank, "npe", out=tmp_path / "run", progress=silent, **QUICK, compile=True)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
