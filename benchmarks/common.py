@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sbiplat import files
+
 RESULTS = Path(__file__).parent / "results"
 RESULTS.mkdir(exist_ok=True)
 
@@ -22,16 +24,23 @@ class Cells:
 
     def __init__(self, name: str) -> None:
         self.path = RESULTS / f"{name}.json"
-        self.content: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {"machine": machine(), "cells": {}}
+        self.content = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {"machine": machine(), "cells": {}}
 
     def __getitem__(self, key: str) -> Any:
         return self.content["cells"][key]
 
     def measure(self, key: str, function: Callable[[], Any]) -> Any:
-        """The cell's value: from the file, or measured now and written at once."""
+        """The cell's value: from the file, or measured now and written at once, beside what other processes have written meanwhile."""
+        self.content = self._read()
         if key not in self.content["cells"]:
-            self.content["cells"][key] = function()
-            self.path.write_text(json.dumps(self.content, indent=1, default=float) + "\n")
+            value = function()
+            with files.locked(RESULTS, RuntimeError(f"another process holds {RESULTS}")):
+                self.content = self._read()
+                self.content["cells"][key] = value
+                files.write_text(self.path, json.dumps(self.content, indent=1, default=float) + "\n")
         return self.content["cells"][key]
 
 

@@ -135,10 +135,10 @@ def build_net(settings: SbiSettings, dim: int, spec: ObservationSpec) -> Any:
     posterior_nn = require_sbi()
     arguments = {k: v for k, v in asdict(settings).items() if v is not None}
     embedding = arguments.pop("embedding")
-    if embedding == "mlp":
-        raise SettingError("embedding = 'mlp' is sbiplat's own net; name the class that sbi was given as embedding_net, or none")
+    if embedding in embeddings.BUILT_IN and embedding != "none":
+        raise SettingError(f"embedding = {embedding!r} is sbiplat's own net; name the class that sbi was given as embedding_net, or none")
     if embedding != "none":
-        arguments["embedding_net"] = embeddings.build(embedding, spec, (), 0, "silu")
+        arguments["embedding_net"] = embeddings.of_user(embedding, spec)
     shape = condition_shape(spec, settings)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

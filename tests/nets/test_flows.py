@@ -74,7 +74,7 @@ def test_standardisation_survives_heavy_tails_constants_and_one_wild_row():
 
 def test_log_transform_takes_zeros_and_the_range_of_float64():
     spec = ObservationSpec.declare((2,), dtype="float64", transform="log")
-    net = Standardise(spec, scale=False)
+    net = Standardise(spec, {"x": None})
     out = net({"x": torch.tensor([[1e-300, 0.0], [1e300, 1.0]], dtype=torch.float64)})["x"]
     assert torch.isfinite(out).all()
     assert float(out[0, 0]) == pytest.approx(np.log(1e-300), rel=1e-6)

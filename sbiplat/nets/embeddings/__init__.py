@@ -23,12 +23,12 @@ from sbiplat.nets.embeddings.attention import Transformer
 from sbiplat.nets.embeddings.conv import ConvNet
 from sbiplat.nets.embeddings.dense import ACTIVATIONS, MLP, Flatten, ResidualBlock, ResidualMLP, flatten
 from sbiplat.nets.embeddings.fused import Fused
-from sbiplat.nets.embeddings.names import by_name, maker, parts_of, register, source_digest
+from sbiplat.nets.embeddings.names import BUILT_IN, by_name, maker, parts_of, register, source_digest
 from sbiplat.nets.embeddings.sets import DeepSet, SetTransformer
 from sbiplat.nets.embeddings.shape import Shape
 from sbiplat.observation import ObservationSpec
 
-__all__ = ["ACTIVATIONS", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of", "numbers", "prepare", "register",
+__all__ = ["ACTIVATIONS", "BUILT_IN", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of", "numbers", "of_user", "prepare", "register",
            "seed_bases", "shared_axes", "source_digest", "width_of"]
 
 MOST_NUMBERS = 512
@@ -130,10 +130,11 @@ def _one(name: str, spec: ObservationSpec, shape: Shape, field: str = "x", maske
             raise SettingError(f"embedding = {name} takes an array of shape {forms}, and {field} has shape {size}; "
                                f"take {', '.join(fitting)}")
         return kind.make(size, shape, masked)
-    return _of_user(name, spec)
+    return of_user(name, spec)
 
 
-def _of_user(name: str, spec: ObservationSpec) -> nn.Module:
+def of_user(name: str, spec: ObservationSpec) -> nn.Module:
+    """An embedding that is installed, or was named to this process; raises SettingError where it cannot be made."""
     make = maker(name)
     try:
         takes_spec = any(p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
