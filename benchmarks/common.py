@@ -6,6 +6,8 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -48,7 +50,10 @@ def machine() -> dict[str, Any]:
     """What the figures were made on, without names of machines."""
     from sbiplat.bank.layout import versions
 
-    return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "versions": versions()}
+    found = versions()
+    with suppress(PackageNotFoundError):
+        found["sbi"] = version("sbi")
+    return {"cores": len(os.sched_getaffinity(0)), "processor": platform.machine(), "versions": found}
 
 
 def peak() -> float:

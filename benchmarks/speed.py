@@ -29,7 +29,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import chdir
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -372,7 +371,6 @@ def main() -> None:
     if args.tiny and args.results == "speed":
         parser.error("--tiny needs --results: its figures mean nothing")
     cells, budget = Cells(args.results), TINY if args.tiny else FULL
-    cells.content["machine"]["versions"]["sbi"] = version("sbi")
     with tempfile.TemporaryDirectory() as folder:
         measure(cells, Banks(folder), args, budget)
     if "training" in args.parts:
