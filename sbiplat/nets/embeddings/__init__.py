@@ -28,8 +28,8 @@ from sbiplat.nets.embeddings.sets import DeepSet, SetTransformer
 from sbiplat.nets.embeddings.shape import Shape
 from sbiplat.observation import ObservationSpec
 
-__all__ = ["ACTIVATIONS", "BUILT_IN", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of", "numbers", "of_user",
-           "prepare", "register", "seed_bases", "shared_axes", "source_digest", "width_of"]
+__all__ = ["ACTIVATIONS", "BUILT_IN", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of",
+           "numbers", "of_user", "prepare", "register", "seed_bases", "shared_axes", "source_digest", "width_of"]
 
 MOST_NUMBERS = 512
 Size = tuple[int, ...]
