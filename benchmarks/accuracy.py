@@ -25,9 +25,10 @@ import numpy as np
 import torch
 from common import Cells, c2st, table
 from numpy.typing import NDArray
+from slices import ensemble_slice
 
 import sbiplat as sp
-from sbiplat.posteriors.chains import ensemble_slice, r_hat
+from sbiplat.posteriors.chains import r_hat
 from sbiplat.progress import silent
 from sbiplat.simulator import Simulator, resolve
 
