@@ -44,13 +44,16 @@ class ChainError(UserError):
 
 
 class LikelihoodSampler(Contexts):
-    """Draws and densities of a `Tractable` estimator, under the prior log_prior(z)."""
+    """Draws and densities of a `Tractable` estimator, under the prior log_prior(z).
+
+    set_size: how many independent observations of one theta make an x, (B, set_size, ...); 0 where x is one, (B, ...).
+    """
 
     estimator: Tractable
 
-    def __init__(self, estimator: Tractable, log_prior: LogPrior, device: str = "cpu") -> None:
+    def __init__(self, estimator: Tractable, log_prior: LogPrior, device: str = "cpu", set_size: int = 0) -> None:
         super().__init__(estimator, device)
-        self.log_prior = log_prior
+        self.log_prior, self.set_size = log_prior, set_size
         self.diagnostics: dict[str, Any] = {}  # of the last draws
 
     @torch.no_grad()
@@ -99,14 +102,22 @@ class LikelihoodSampler(Contexts):
 
     def under(self, log_prior: LogPrior) -> LikelihoodSampler:
         """The same likelihood under another prior."""
-        return LikelihoodSampler(self.estimator, log_prior, str(self.device))
+        return LikelihoodSampler(self.estimator, log_prior, str(self.device), self.set_size)
+
+    def of_sets(self, k: int) -> LikelihoodSampler:
+        """The same of k independent observations of one theta, whose log-likelihoods add."""
+        return LikelihoodSampler(self.estimator, self.log_prior, str(self.device), k)
 
     # ------------------------------------------------------------------------------------------------------- parts
 
     @torch.no_grad()
     def _observed(self, x: Fields) -> tuple[Tensor, Array]:
-        parts = [self.estimator.observed(p) for p in self.prepared(x)]
-        return torch.cat([p[0] for p in parts])[:, None], torch.cat([p[1] for p in parts]).double().cpu().numpy()
+        """What the likelihood takes, (B, k, F), and what it leaves out of log p(x), (B,)."""
+        each = {name: v.reshape(-1, *v.shape[2:]) for name, v in x.items()} if self.set_size else x
+        parts = [self.estimator.observed(p) for p in self.prepared(each)]
+        values, left_out = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts]).double().cpu().numpy()
+        k = max(1, self.set_size)
+        return values.unflatten(0, (-1, k)), left_out.reshape(-1, k).sum(1)
 
     def _annealed(self, values: Tensor, streams: Streams, chains: int) -> tuple[_Path, Populations]:
         settings, path = self.estimator.settings, _Path(self.estimator, values, self.log_prior, POPULATIONS)
@@ -220,19 +231,36 @@ class _Path:
 
 def _mixture(estimator: Tractable, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Where populations begin: log-weights (B, K), and the lower triangular factor M (B, K, D, D) and shift v (B, K, D) by which each
-    component is a standard normal law of M z - v, z at unit scale. Of several observations of one theta the prior's share is all."""
-    count, dim = len(values), estimator.dim
-    factor = torch.eye(dim, device=values.device).expand(count, 1, dim, dim)
-    if values.shape[1] > 1:
-        return values.new_zeros(count, 1), factor, values.new_zeros(count, 1, dim)
+    component is the law of the z, at unit scale, for which M z - v is N(0, I)."""
     whitened = estimator.proposal
-    context = estimator.proposal_context(values[:, 0])
+    context = estimator.proposal_context(values.flatten(0, 1))
     law = whitened.inner.mixture(context)  # type: ignore[operator, union-attr]
     scale, loc = law.base.scale_tril, law.base.loc  # in the head's coordinates, A (z - mu)
     mu, A, _ = whitened.head(context)
-    learnt = torch.linalg.solve_triangular(scale, A[:, None].expand_as(scale), upper=False)
-    shift = torch.linalg.solve_triangular(scale, loc[..., None], upper=False)[..., 0] + (learnt @ mu[:, None, :, None])[..., 0]
+    factor = torch.linalg.solve_triangular(scale, A[:, None].expand_as(scale), upper=False)
+    shift = torch.linalg.solve_triangular(scale, loc[..., None], upper=False)[..., 0] + (factor @ mu[:, None, :, None])[..., 0]
     logits = law.logits.log_softmax(-1)
+    if values.shape[1] > 1:
+        logits, factor, shift = _product(logits, factor, shift, values.shape[1])
     share = [math.log((1 - FROM_PRIOR) * (1 - WIDER)), math.log((1 - FROM_PRIOR) * WIDER), math.log(FROM_PRIOR)]
-    return (torch.cat([logits + share[0], logits + share[1], logits.new_full((count, 1), share[2])], 1),
-            torch.cat([learnt, learnt / BY, factor], 1), torch.cat([shift, shift / BY, shift.new_zeros(count, 1, dim)], 1))
+    prior = torch.eye(estimator.dim, device=values.device).expand(len(values), 1, -1, -1)
+    return (torch.cat([logits + share[0], logits + share[1], logits.new_full((len(values), 1), share[2])], 1),
+            torch.cat([factor, factor / BY, prior], 1), torch.cat([shift, shift / BY, shift.new_zeros(len(values), 1, estimator.dim)], 1))
+
+
+def _product(logits: Tensor, factor: Tensor, shift: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Of the mixtures r(z | x_i) of sets of k observations, one Gaussian a set, :math:`p(z) \prod_i r(z | x_i) / p(z)` with each
+    mixture by its moments and p = N(0, I); a mixture wider than p in some direction counts as p there."""
+    share = logits.exp().double()[..., None]
+    inverse = torch.linalg.inv(factor.double())
+    means = (inverse @ shift.double()[..., None])[..., 0]
+    mean = (share * means).sum(1)
+    gap = means - mean[:, None]
+    covariance = (share[..., None] * (inverse @ inverse.mT + gap[..., None] * gap[..., None, :])).sum(1)
+    values, vectors = torch.linalg.eigh(covariance)
+    more = (vectors * (1 / values - 1).clamp_min(0)[:, None]) @ vectors.mT  # precision beyond the prior's
+    linear = ((more + torch.eye(more.shape[-1], device=more.device)) @ mean[..., None])[..., 0]
+    precision = more.unflatten(0, (-1, k)).sum(1) + torch.eye(more.shape[-1], device=more.device)
+    centre = torch.linalg.solve(precision, linear.unflatten(0, (-1, k)).sum(1))
+    whole = torch.linalg.inv(torch.linalg.cholesky(torch.linalg.inv(precision)))
+    return (logits.new_zeros(len(whole), 1), whole[:, None].to(factor.dtype), (whole @ centre[..., None]).mT.to(shift.dtype))

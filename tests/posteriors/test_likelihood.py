@@ -10,7 +10,7 @@ from scipy import stats
 
 import sbiplat as sp
 from sbiplat.bank.bank import Bank
-from sbiplat.errors import PriorError, RunError, SettingError
+from sbiplat.errors import ObservationError, PriorError, RunError, SettingError
 from sbiplat.nets.standardise import Standardise
 from sbiplat.observation import ObservationSpec
 from sbiplat.posteriors import likelihood
@@ -189,6 +189,94 @@ def test_populations_that_lost_a_mode_are_refused(posterior, monkeypatch):
     monkeypatch.setattr(likelihood, "MOST_EVIDENCE_ERROR", 1e-9)
     with pytest.raises(likelihood.ChainError, match=r"standard error of the log-evidence, in nats, 0\.\d+ is over 1e-09"):
         posterior.log_prob(np.zeros(2), x)
+
+
+# ------------------------------------------------------------------------------------------- independent observations
+
+
+def of_many(x):
+    """Mean and sd of theta given k observations of `line`, (k, 2), and their log-evidence."""
+    k = len(x)
+    precision = 1 + k / NOISE**2
+    covariance = np.eye(k) * NOISE**2 + 1
+    log_z = stats.multivariate_normal(np.zeros(k), covariance).logpdf(x.T).sum()
+    return np.array([1.0, 0.0]) + np.array([2.0, 1.0]) * x.sum(0) / NOISE**2 / precision, np.array([2.0, 1.0]) / np.sqrt(precision), log_z
+
+
+@pytest.fixture
+def exact(posterior, monkeypatch):
+    """The posterior with the likelihood that is known in place of the learnt one."""
+    estimator = posterior.sampler.estimator
+    loc, scale = estimator.standardise.loc_x, estimator.standardise.scale_x
+
+    def log_likelihood(theta, values):
+        return (-0.5 * ((values * scale + loc - theta) / NOISE).square() - math.log(NOISE * math.sqrt(2 * math.pi)) + scale.log()).sum(-1)
+
+    monkeypatch.setattr(estimator, "log_likelihood", log_likelihood)
+    return posterior
+
+
+@pytest.mark.parametrize("k", [1, 5, 32])
+def test_independent_observations_multiply_their_likelihoods(exact, k):
+    rng = np.random.default_rng(k)
+    x = rng.standard_normal((3, 1, 2)) + NOISE * rng.standard_normal((3, k, 2))
+    many = exact.iid(k)
+    draws = many.sample(x, 4000, seed=0)
+    log_z, error = many.sampler.log_evidence({"x": x.astype(np.float32)})
+    for b in range(3):
+        mean, sd, evidence = of_many(x[b])
+        np.testing.assert_allclose(draws[b].mean(0), mean, atol=0.1 * sd.max())
+        np.testing.assert_allclose(draws[b].std(0), sd, rtol=0.06)
+        assert log_z[b] == pytest.approx(evidence, abs=5 * max(error[b], 0.02))
+        theta = mean + sd * np.array([[0.0, 0.0], [1.0, -1.0]])
+        np.testing.assert_allclose(many.log_prob(theta, x[b]), stats.norm(mean, sd).logpdf(theta).sum(1), atol=5 * max(error[b], 0.02))
+    assert error.max() < 0.15
+
+
+def test_the_learnt_likelihood_of_five_observations_is_near_the_known_posterior(posterior):
+    x = np.array([0.6, -0.9]) + NOISE * np.random.default_rng(0).standard_normal((5, 2))
+    mean, sd, _ = of_many(x)
+    draws = posterior.iid(5).sample(x, 4000, seed=0)
+    np.testing.assert_allclose(draws.mean(0), mean, atol=0.4 * sd.max())
+    np.testing.assert_allclose(draws.std(0), sd, rtol=0.15)
+
+
+def test_one_set_of_observations_is_no_batch(posterior):
+    x = np.zeros((5, 2))
+    assert posterior.sample(x, 20, seed=0).shape == (5, 20, 2)
+    many = posterior.iid(5)
+    assert many.x.shapes == {"x": (5, 2)}
+    assert many.sample(x, 20, seed=0).shape == (20, 2)
+    assert many.sample(x[None].repeat(3, 0), 20, seed=0).shape == (3, 20, 2)
+    assert many.log_prob(np.zeros((3, 2)), x[None].repeat(3, 0)).shape == (3,)
+    for wrong in (x[0], x[:4], np.zeros((3, 4, 2))):
+        with pytest.raises(ObservationError, match=r"declared is \(.*5, 2\)|expected \(5, 2\)"):
+            many.sample(wrong, 20)
+    facts = many.to_arviz(x, 20, seed=0).posterior.attrs
+    assert facts["certified"] == "no"
+    assert facts["refusal"] == "the gate tested single observations"
+
+
+def test_a_changed_prior_and_a_set_of_observations_go_together(exact):
+    """Under slope ~ N(2, 0.5), in either order."""
+    x = np.array([[1.0, -1.5], [0.4, -0.9], [0.7, -1.2]])
+    other = sp.Prior({"slope": sp.Normal(2.0, 0.5, unit="m/s"), "offset": sp.Normal(0.0, 1.0, unit="m")})
+    precision = np.array([1 / 0.25 + 3 / (2 * NOISE) ** 2, 1 + 3 / NOISE**2])
+    mean = np.array([2 / 0.25 + (3 + 2 * x[:, 0].sum()) / (2 * NOISE) ** 2, x[:, 1].sum() / NOISE**2]) / precision
+    for changed in (exact.iid(3).with_prior(other), exact.with_prior(other).iid(3)):
+        draws = changed.sample(x, 4000, seed=0)
+        np.testing.assert_allclose(draws.mean(0), mean, atol=0.1 * precision.min() ** -0.5)
+        np.testing.assert_allclose(draws.std(0), precision**-0.5, rtol=0.06)
+
+
+def test_sets_that_cannot_be_are_one_line(posterior, line_run):
+    with pytest.raises(SettingError, match="cannot join independent ones; train nle or nre"):
+        sp.load(line_run).iid(3)
+    for k in (0, 2.0, True, "3"):
+        with pytest.raises(SettingError, match="whole number of at least 1"):
+            posterior.iid(k)
+    with pytest.raises(SettingError, match=r"already that of 3 independent"):
+        posterior.iid(3).iid(2)
 
 
 # ------------------------------------------------------------------------------------------------------- awkward data
