@@ -45,7 +45,7 @@ def measure(estimator: str) -> dict[str, Any]:
 def main() -> None:
     cells = Cells("estimators")
     rows = []
-    for name in ("npe", "npse", "fmpe", "nle"):
+    for name in ("npe", "npse", "fmpe", "nle", "nre"):
         cell = cells.measure(name, lambda name=name: measure(name))
         rows.append([name, cell["training_seconds"], cell["held_out_log_prob"] or f"refused: {cell['refused']}", cell["sampling_seconds"]])
     print(table(rows, ["estimator", "training, s", "held-out log-density", f"{DRAWS} draws for one x, s"]))

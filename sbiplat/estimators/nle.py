@@ -52,7 +52,7 @@ class NLE(Tractable):
         size = self.spec.size
         if size > MOST_FEATURES:
             raise SettingError(f"nle models the density of all of x, which is {size} numbers; at most {MOST_FEATURES} make sense: "
-                               "let the simulator return summaries, or use npe, npse or fmpe")
+                               "let the simulator return summaries, or use npe, npse, fmpe or nre")
         self.standardise = Standardise(self.spec)
         self.register_buffer("varies", torch.ones(size, dtype=torch.bool))
         self.register_buffer("unit", torch.zeros(size))  # of whole-numbered features, after standardisation

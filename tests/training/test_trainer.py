@@ -44,8 +44,8 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(line_bank, tmp
 
 @pytest.mark.parametrize("settings", [
     {}, {"ema": 0.99}, {"optimizer": "muon", "embedding_hidden": [64, 64]}, {"memory_mb": 1.0, "flow": "nsf", "transforms": 1}, {"flow": "mog"},
-    {"estimator": "npse"}, {"estimator": "fmpe"}, {"estimator": "nle"},
-], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle"])
+    {"estimator": "npse"}, {"estimator": "fmpe"}, {"estimator": "nle"}, {"estimator": "nre", "hidden": 32, "balance": 100.0},
+], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle", "nre"])
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(line_bank, tmp_path, monkeypatch, settings):
     settings = {"max_epochs": 3, **settings}
     if "memory_mb" in settings:
