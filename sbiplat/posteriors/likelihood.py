@@ -83,6 +83,7 @@ class LikelihoodSampler(Contexts):
         _refuse(worst, MOST_R_HAT, "the draws are not to be used: the populations disagree, r_hat", MEND)
         return np.concatenate(draws)
 
+    @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
         """log L(x | z) + log p(z) - log Z; raises ChainError where Z cannot be trusted."""
         values, _ = self._observed(x)

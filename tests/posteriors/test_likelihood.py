@@ -133,6 +133,23 @@ def test_the_gaussian_posterior_is_found(posterior):
     assert len(np.unique(draws, axis=0)) > 0.95 * 4000, "draws are states of moving chains, hardly one of them twice"
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_populations_begin_at_a_law_whose_density_is_known(run, k):
+    """Of one observation and of a set, and where z is not at unit scale: the mean of N(z; m, 1) / r(z) over draws of r is 1."""
+    estimator = run.estimator("cpu").eval()
+    estimator.theta_loc.copy_(torch.tensor([1.0, -1.0]))
+    estimator.theta_scale.copy_(torch.tensor([2.0, 0.5]))
+    with torch.no_grad():
+        path = likelihood._Path(estimator, 0.3 * torch.randn(2, k, 2, generator=torch.Generator().manual_seed(0)), lambda z: 0 * z[..., 0], 1)
+        rows = torch.arange(2)
+        z = path.draw(rows, 40_000, Streams([1, 2], torch.device("cpu")))
+        base = path.heights(rows, z, None).base
+    target = torch.distributions.Normal(estimator.unscaled(torch.zeros(2)), 0.3 * estimator.theta_scale).log_prob(z).sum(-1)
+    weights = (target - base).exp()
+    assert weights.mean(1).numpy() == pytest.approx(1.0, abs=5 * float(weights.std() / 200))
+    assert weights.std() < 5
+
+
 def test_the_evidence_is_that_of_the_marginal(posterior):
     x = np.array([[0.3, -0.8], [1.5, 0.2]])
     log_z, error = posterior.sampler.log_evidence({"x": x.astype(np.float32)})
