@@ -26,11 +26,12 @@ from sbiplat.posteriors.passes import Contexts
 
 POPULATIONS = 4
 MOST_R_HAT = 1.1
-MOST_EVIDENCE_ERROR = 0.3  # nats, one standard error
+MOST_EVIDENCE_ERROR = 0.5  # nats, one standard error
 TOLERATED = 0.02  # share of a batch's observations that may be worse
 DRAWS_A_CHAIN, LEAST_MOVES = 20, 8  # at the last power
 MEND = "give more chains or moves, or train longer"
 STATES = 2**21  # kept at a time
+CACHED_NUMBERS = 2**21
 WIDER, BY = 0.3, 1.8  # share and scale of the proposal's wider components
 FROM_PRIOR = 0.1
 _DIFFERENCE = 1e-4  # for the slope of the prior
@@ -190,7 +191,9 @@ class _Path:
         count, n = z.shape[:2]
         base, target = (torch.empty(count, n, dtype=torch.float64, device=z.device) for _ in range(2))
         slope = torch.empty_like(z) if power is not None else z.new_empty(0)
-        most = max(1, passes.ROWS_PER_PASS // 4 // self.values.shape[1])
+        width = self.values.shape[2]
+        per_pass = max(256, min(passes.ROWS_PER_PASS, CACHED_NUMBERS // width**2))  # a Gaussian head has width^2 / 2 numbers a row
+        most = max(1, per_pass // self.values.shape[1])
         high = max(1, most // n)
         for a in range(0, count, high):
             for b in range(0, n, most):

@@ -182,7 +182,7 @@ def test_a_prior_that_cannot_be_changed_so_is_one_line(posterior, line_run, tmp_
 
 
 def test_the_gate_certifies_it(run):
-    assert sp.gate(run, progress=silent).passed
+    assert sp.gate(run, n=400, progress=silent).passed
 
 
 def test_populations_that_lost_a_mode_are_refused(posterior, monkeypatch):
