@@ -24,6 +24,7 @@ class TractableSettings:
     chains: int = setting(128, "chains an observation while annealing, in four populations; many draws take more", low=16, high=10**6)
     moves: int = setting(5, "moves of every chain at each power", low=2, high=100_000)
     leaps: int = setting(3, "leapfrog steps of a move", low=1, high=1000)
+    thin: int = setting(2, "moves from one kept draw of a chain to the next", low=1, high=100_000)
 
 
 class Tractable(Estimator):

@@ -28,7 +28,7 @@ POPULATIONS = 4
 MOST_R_HAT = 1.1
 MOST_EVIDENCE_ERROR = 0.5  # nats, one standard error
 TOLERATED = 0.02  # share of a batch's observations that may be worse
-DRAWS_A_CHAIN, LEAST_MOVES = 20, 8  # at the last power
+DRAWS_A_CHAIN, LEAST_KEPT = 20, 8  # at the last power
 MEND = "give more chains or moves, or train longer"
 STATES = 2**21  # kept at a time
 CACHED_NUMBERS = 2**21
@@ -68,13 +68,13 @@ class LikelihoodSampler(Contexts):
             streams = Streams([_seed(seed, first + b, k) for b in range(len(part)) for k in range(POPULATIONS)], self.device)
             path, found = self._annealed(part, streams, chains)
             rows = torch.arange(len(streams), device=self.device)
-            moves = max(LEAST_MOVES, -(-n // (POPULATIONS * chains)))
-            record, _, _ = annealing.move(path, rows, found.states[:, -1], torch.ones_like(found.step), found.step, found.factor, moves,
-                                          settings.leaps, streams)
-            apart = _apart(record)
+            kept = max(LEAST_KEPT, -(-n // (POPULATIONS * chains)))
+            record, _, _ = annealing.move(path, rows, found.states[:, -1], torch.ones_like(found.step), found.step, found.factor,
+                                          kept * settings.thin, settings.leaps, streams)
+            apart = _apart(record[:, settings.thin - 1::settings.thin])
             r_hats.append(_r_hat(apart))
             sizes.append(effective_size(apart.flatten(2, 3).double().cpu().numpy()).min(1))
-            order = torch.stack([torch.randperm(moves * chains * POPULATIONS, generator=streams[b * POPULATIONS], device=self.device)[:n]
+            order = torch.stack([torch.randperm(kept * chains * POPULATIONS, generator=streams[b * POPULATIONS], device=self.device)[:n]
                                  for b in range(len(part))])
             pooled = apart.flatten(1, 3)
             draws.append(pooled.gather(1, order[..., None].expand(-1, -1, pooled.shape[-1])).cpu().numpy())
