@@ -26,6 +26,7 @@ ESTIMATORS = {
     "npe": "sbiplat.estimators.npe:NPE",
     "npse": "sbiplat.estimators.npse:NPSE",
     "nle": "sbiplat.estimators.nle:NLE",
+    "nre": "sbiplat.estimators.nre:NRE",
     "fmpe": "sbiplat.estimators.fmpe:FMPE",
     "sbi": "sbiplat.estimators.sbi_npe:SbiNPE",
 }

@@ -3,8 +3,7 @@ r"""Neural likelihood estimation: a conditional density of the data given the pa
 .. math:: \min \; - \mathbb{E}_{p(\theta)\, p(x | \theta)} \log q(x | z(\theta)),
 
 and the posterior by sampling :math:`\log q(x | z) + \log p(z)`. Independent observations of one theta add their log-likelihoods, and the
-prior may be changed after training. Beside the likelihood a small mixture of Gaussians learns r(z | x): where chains start, and the
-proposal of importance sampling.
+prior may be changed after training.
 
 x is standardised as for every estimator; log q(x | z) is the density of x itself, with the Jacobians of its transforms. Features that
 are constant in the bank say nothing. Whole-numbered features are smoothed by uniform noise of one unit in training.
@@ -19,52 +18,43 @@ import torch
 from torch import Tensor, nn
 
 from sbiplat.errors import SettingError
-from sbiplat.estimators.base import LEARNING_RATES, Architecture, Estimator
+from sbiplat.estimators.base import LEARNING_RATES, Architecture
+from sbiplat.estimators.tractable import Tractable, TractableSettings
 from sbiplat.nets import embeddings, flows
 from sbiplat.nets.standardise import Standardise
 from sbiplat.settings import Interval, setting
 
 MOST_FEATURES = 512
-SAMPLERS = ("auto", "slice", "importance")
 
 
 @dataclass(frozen=True)
-class NLESettings:
-    """What shapes neural likelihood estimation, and how its posterior is sampled."""
+class NLESettings(TractableSettings):
+    """What shapes neural likelihood estimation."""
 
-    flow: str = setting("nsf", "the conditional density of x", among=tuple(f for f in flows.FLOWS if f != "cnf"))  # chains ask too often
+    flow: str = setting("maf", "the conditional density of x", among=tuple(f for f in flows.FLOWS if f != "cnf"))  # chains ask too often
     transforms: int = setting(3, "transforms of the flow", low=1, high=64)
     hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536)
     bins: int = setting(8, "bins of a spline flow", low=2, high=256)
-    components: int = setting(8, "components of mixtures of Gaussians, the proposal's too", low=1, high=1024)
     activation: str = setting("silu", "activation of every net", among=tuple(embeddings.ACTIVATIONS))
     context_hidden: tuple[int, ...] = setting(
         (64, 64), "widths of the hidden layers from theta to the likelihood's context, and from x to the proposal's", low=1, high=65536)
     context: int = setting(32, "size of both contexts", low=1, high=65536)
-    sampler: str = setting("auto", "slice (ensemble slice sampling), importance (resampling of the proposal), or auto: importance where it "
-                           "can be trusted, slice elsewhere", among=SAMPLERS)
-    chains: int = setting(40, "chains an observation", low=4, high=100_000)
-    warmup: int = setting(100, "steps of each chain that are dropped", low=0, high=1_000_000)
-    thin: int = setting(3, "steps from one kept draw of a chain to the next", low=1, high=100_000)
-    proposals: int = setting(2000, "draws of the proposal for evidence and importance weights, at least", low=100, high=10**7)
 
 
-class NLE(Estimator):
+class NLE(Tractable):
     """The densities q(x | z) and r(z | x); see the module's docstring."""
 
     settings: NLESettings
     settings_class = NLESettings
-    posterior = "likelihood"
     search = {"flow": ("nsf", "maf", "coupling_nsf"), "transforms": Interval(2, 6), "hidden": ((32, 32), (64, 64), (128, 128)),
               "learning_rate": LEARNING_RATES}
-    most_failed = 0.01
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
         size = self.spec.size
         if size > MOST_FEATURES:
             raise SettingError(f"nle models the density of all of x, which is {size} numbers; at most {MOST_FEATURES} make sense: "
-                               "let the simulator return summaries, or use npe, npse or fmpe")
+                               "let the simulator return summaries, or use npe, npse, fmpe or nre")
         self.standardise = Standardise(self.spec)
         self.register_buffer("varies", torch.ones(size, dtype=torch.bool))
         self.register_buffer("unit", torch.zeros(size))  # of whole-numbered features, after standardisation
@@ -74,8 +64,7 @@ class NLE(Estimator):
         self.of_x = _mlp(size, settings.context_hidden, settings.context, settings.activation)
         self.likelihood = flows.build(settings.flow, size, settings.context,
                                       flows.Shape(settings.transforms, hidden, settings.bins, settings.components, settings.activation))
-        self.proposal = flows.build("mog", self.dim, settings.context,
-                                    flows.Shape(1, (64,), settings.bins, settings.components, settings.activation))
+        self.proposal = self.proposal_of(settings.context)
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
         super().fit_scales(theta, x)
@@ -93,8 +82,13 @@ class NLE(Estimator):
         values = embeddings.flatten(self.standardise(x))
         return {"x": torch.where(self.varies, values, 0.0), "log_det": torch.where(self.varies, slopes, 0.0).sum(1).float()}
 
+    def observed(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        return x["x"], x["log_det"]
+
+    def proposal_context(self, values: Tensor) -> Tensor:
+        return self.of_x(values)
+
     def log_likelihood(self, theta: Tensor, values: Tensor) -> Tensor:
-        """log q of standardised x (N, F) given unconstrained theta (N, D): (N,), without the standardisation's log_det."""
         return self.likelihood.log_prob(values, self.of_theta(self.scaled(theta)))
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:

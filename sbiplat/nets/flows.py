@@ -167,43 +167,6 @@ class GaussianMixture(ConditionalDensity):
         return loc + (scale @ noise.unsqueeze(-1)).squeeze(-1)
 
 
-class Defensive(ConditionalDensity):
-    """A mixture of Gaussians of which a share is drawn from a wider one, so that its tails cover a law that it only approximates.
-
-    (1 - share) q + share q', q' with the scales of q times `factor` (Hesterberg, 1995): a proposal for importance sampling.
-    """
-
-    def __init__(self, whitened: Whitened, share: float = 0.4, factor: float = 1.8) -> None:
-        super().__init__()
-        self.whitened, self.share, self.factor = whitened, share, factor
-
-    def _laws(self, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """logits (B, 2K), means (B, 2K, D) and Cholesky factors (B, 2K, D, D), in the head's coordinates."""
-        law = self.whitened.inner.mixture(context)  # type: ignore[operator, union-attr]
-        logits = law.logits.log_softmax(-1)
-        loc, scale = law.base.loc, law.base.scale_tril
-        return (torch.cat([logits + math.log1p(-self.share), logits + math.log(self.share)], -1), torch.cat([loc, loc], -2),
-                torch.cat([scale, self.factor * scale], -3))
-
-    def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
-        """z (B, n, D), context (B, C): (B, n)."""
-        logits, loc, scale = self._laws(context)
-        mu, A, log_det = self.whitened.head(context)
-        w = (z - mu[:, None]) @ A.mT
-        gap = torch.linalg.solve_triangular(scale[:, :, None], (w[:, None] - loc[:, :, None]).unsqueeze(-1), upper=False).squeeze(-1)
-        each = standard_normal_log_prob(gap) - torch.diagonal(scale, dim1=-2, dim2=-1).log().sum(-1)[..., None]
-        return torch.logsumexp(logits[..., None] + each, dim=1) + log_det[:, None]
-
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        logits, loc, scale = self._laws(context)
-        mu, A, _ = self.whitened.head(context)
-        which = torch.multinomial(logits.softmax(-1), n, replacement=True, generator=generator)
-        rows = torch.arange(len(context), device=context.device)[:, None]
-        noise = torch.randn(len(context), n, loc.shape[-1], generator=generator, device=context.device)
-        w = loc[rows, which] + (scale[rows, which] @ noise.unsqueeze(-1)).squeeze(-1)
-        return mu[:, None] + torch.linalg.solve_triangular(A, w.mT, upper=False).mT
-
-
 # ------------------------------------------------------------------------------------------------------- by name
 
 

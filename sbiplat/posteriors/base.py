@@ -39,7 +39,8 @@ class Posterior:
     :math:`\log q(\theta | x) = \log q(z | x) - \log |d\theta / dz|`.
 
     provenance: what is written into every file of draws (weights and bank digest, certificate). changed_prior: the prior in force,
-    where it is not that of the bank (`with_prior`).
+    where it is not that of the bank (`with_prior`). set_size: how many independent observations make one x (`iid`); 0 where x is
+    what the simulator returns.
     """
 
     prior: Prior
@@ -47,6 +48,7 @@ class Posterior:
     sampler: Sampler
     provenance: Mapping[str, Any] = field(default_factory=dict)
     changed_prior: Prior | None = None
+    set_size: int = 0
 
     def sample(self, x: Any, n: int, *, seed: int | None = None) -> Array:
         """n draws of theta given x: (n, D); given a batch of B observations: (B, n, D).
@@ -62,7 +64,7 @@ class Posterior:
         """log q(theta | x), -inf outside the support.
 
         One x: theta (..., D) gives (...). A batch of B: theta (B, D) gives (B,), and (B, n, D) gives (B, n). Raises PriorError and
-        ObservationError for wrong shapes, ChainError where the evidence that the density needs cannot be trusted (nle).
+        ObservationError for wrong shapes, ChainError where the evidence that the density needs cannot be trusted (nle, nre).
         """
         fields, batched = self.x.batch(x)
         try:
@@ -82,7 +84,7 @@ class Posterior:
         return np.where(inside, log_q, -np.inf).reshape(theta.shape[:-1])
 
     def with_prior(self, prior: Prior) -> Posterior:
-        r"""The posterior under another prior of the same parameters, for estimators that learn the likelihood (nle).
+        r"""The posterior under another prior of the same parameters, for estimators that learn the likelihood or the ratio (nle, nre).
 
         .. math:: p'(\theta | x) \propto q(x | \theta) \, p'(\theta)
 
@@ -90,7 +92,8 @@ class Posterior:
         PriorError, and SettingError where the estimator has no likelihood.
         """
         if not hasattr(self.sampler, "under"):
-            raise SettingError("this estimator learns the posterior under the bank's prior, which cannot be changed; train nle for that")
+            raise SettingError("this estimator learns the posterior under the bank's prior, which cannot be changed; train nle or nre "
+                               "for that")
         if prior.names != self.prior.names:
             raise PriorError(f"the other prior must be of the same parameters, {', '.join(self.prior.names)}")
         (low, high), (new_low, new_high) = self.prior.support, prior.support
@@ -102,8 +105,32 @@ class Posterior:
         def log_prior(z: Array) -> Array:
             return prior.log_prob(self.prior.constrain(z)) + self.prior.log_abs_det_jacobian(z)
 
-        provenance = {**self.provenance, "certified": "no", "refusal": "the prior was changed after the gate", "certificate": None}
-        return replace(self, sampler=self.sampler.under(log_prior), provenance=provenance, changed_prior=prior)
+        return replace(self, sampler=self.sampler.under(log_prior), provenance=self._uncovered("the prior was changed after the gate"),
+                       changed_prior=prior)
+
+    def iid(self, k: int) -> Posterior:
+        r"""The posterior given k independent observations of one theta, for estimators that learn the likelihood or the ratio (nle, nre).
+
+        .. math:: p(\theta | x_1, \dots, x_k) \propto p(\theta) \prod_{i \le k} q(x_i | \theta)
+
+        Its observation is the k of them, x with one more leading axis of length k; a batch of such sets has an axis before that. The
+        errors of the net add up over the k. A certificate does not cover it. Raises SettingError where the estimator has no likelihood.
+        """
+        if not hasattr(self.sampler, "of_sets"):
+            raise SettingError("this estimator learns the posterior of one observation, and cannot join independent ones; train nle or nre "
+                               "for that")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise SettingError(f"the number of independent observations must be a whole number of at least 1, got {k!r}")
+        if self.set_size:
+            raise SettingError(f"this posterior is already that of {self.set_size} independent observations; "
+                               f"take iid({k}) of the first one")
+        x = replace(self.x, shapes={name: (int(k), *shape) for name, shape in self.x.shapes.items()}, axis=("", ()))
+        return replace(self, x=x, sampler=self.sampler.of_sets(int(k)), set_size=int(k),
+                       provenance=self._uncovered("the gate tested single observations"))
+
+    def _uncovered(self, why: str) -> dict[str, Any]:
+        """The provenance of a posterior that the certificate does not cover."""
+        return {**self.provenance, "certified": "no", "refusal": why, "certificate": None}
 
     def unconstrained_sample(self, fields: Fields, n: int, seed: int) -> Array:
         """(B, n, D) draws of z, for diagnostics."""

@@ -44,12 +44,13 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(line_bank, tmp
 
 @pytest.mark.parametrize("settings", [
     {}, {"ema": 0.99}, {"optimizer": "muon", "embedding_hidden": [64, 64]}, {"memory_mb": 1.0, "flow": "nsf", "transforms": 1}, {"flow": "mog"},
-    {"estimator": "npse"}, {"estimator": "fmpe"}, {"estimator": "nle"}, {"members": 2}, {"flow": "cnf", "trace": "hutchinson", "ode_steps": 2},
+    {"estimator": "npse"}, {"estimator": "fmpe"}, {"estimator": "nle"}, {"estimator": "nre", "hidden": 32, "balance": 100.0},
+    {"members": 2}, {"flow": "cnf", "trace": "hutchinson", "ode_steps": 2},
     {"accumulate": 3}, {"estimator": "npse", "accumulate": 2},
     {"precision": "bf16", "flow": "nsf", "transforms": 1}, {"smooth": 0.8, "patience": 1, "learning_rate": 0.05},
     pytest.param({"compile": True, "estimator": "npse", "blocks": 1, "precision": "bf16", "accumulate": 3}, marks=pytest.mark.science),
-], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle", "ensemble", "cnf", "accumulate", "npse accumulate", "bf16", "smooth",
-        "compile"])
+], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle", "nre", "ensemble", "cnf", "accumulate", "npse accumulate", "bf16",
+        "smooth", "compile"])
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(line_bank, tmp_path, monkeypatch, settings):
     settings = {"max_epochs": 3, **settings}
     if "memory_mb" in settings:
