@@ -167,7 +167,7 @@ def simulate(
 # ------------------------------------------------------------------------------------------------- train and gate
 
 
-@app.command(epilog="Examples: sbiplat train moons.bank --estimator npe --out moons.run --set flow=maf --set max_epochs=50; "
+@app.command(epilog="Example: sbiplat train moons.bank --estimator npe --out moons.run --set flow=maf --set max_epochs=50; "
                     "sbiplat train moons.bank --out tuned.run --tune 20 --set flow=nsf")
 def train(
     bank: BankPath,

@@ -124,7 +124,9 @@ class SbiPosterior(NeuralPosterior):
         self, x: Any = None, num_iter: int = 200, num_to_optimize: int = 5, num_init_samples: int = 1000, force_update: bool = False,
         show_progress_bars: bool = False,
     ) -> Tensor:
-        """The theta of the highest density given the default x, (1, D): BFGS over z from the best of some draws.
+        """The theta of the highest density given the default x, (1, D): BFGS over z from the best of some draws, within the box of all.
+
+        Beyond the draws a net's density over theta may grow without bound towards an edge of the prior.
 
         num_iter: of each of num_to_optimize descents. Unlike sbi's there is no learning rate, and the parameters' scales do not matter.
         """
@@ -137,7 +139,8 @@ class SbiPosterior(NeuralPosterior):
     def _highest(self, x: Any, num_iter: int, starts: int, draws: int) -> Tensor:
         prior = self.posterior.prior
         theta = self.posterior.sample(x, draws, seed=_global_seed())
-        best = theta[np.argsort(-self.posterior.log_prob(theta, x))[:starts]]
+        z = prior.unconstrain(theta)
+        best = z[np.argsort(-self.posterior.log_prob(theta, x))[:starts]]
         around = np.concatenate([np.zeros((1, prior.dim)), STEP * np.eye(prior.dim), -STEP * np.eye(prior.dim)])
 
         def falling(z: Any) -> tuple[float, Any]:
@@ -145,7 +148,8 @@ class SbiPosterior(NeuralPosterior):
             values = np.where(np.isfinite(values), values, 1e10)
             return float(values[0]), (values[1:prior.dim + 1] - values[prior.dim + 1:]) / (2 * STEP)
 
-        found = [minimize(falling, z, jac=True, method="BFGS", options={"maxiter": num_iter}) for z in prior.unconstrain(best)]
+        box = list(zip(z.min(0), z.max(0), strict=True))
+        found = [minimize(falling, start, jac=True, method="L-BFGS-B", bounds=box, options={"maxiter": num_iter}) for start in best]
         return _single(prior.constrain(min(found, key=lambda f: f.fun).x)[None], prior)
 
     def _x_else_default_x(self, x: Any) -> Any:

@@ -225,7 +225,7 @@ def test_the_default_of_a_dict_is_one_mlp_of_all_of_it():
     assert sorted(k for k in estimator.state_dict() if "embedding" in k) == [f"embedding.net.{k}.{what}" for k in (0, 2, 4)
                                                                            for what in ("bias", "weight")]
     x = {"x": rows(4, 6), "b": rows(4, 3, 3)}
-    assert estimator.context(estimator.prepare(x)).shape == (4, 32)
+    assert estimator.context(estimator.prepare(x)).shape == (4, 33), "and the mean of the one parameter by regression"
 
 
 def test_fields_have_embeddings_of_their_own_and_mlp_where_none_is_named():
@@ -303,7 +303,7 @@ def test_a_field_may_have_an_embedding_of_yours(tmp_path):
     x = {"signal": 5 + rows(4, 20), "few": rows(4, 3)}
     prepared = estimator.prepare(x)
     torch.testing.assert_close(prepared["signal"], x["signal"].mean(1, keepdim=True))
-    assert estimator.context(prepared).shape == (4, 32)
+    assert estimator.context(prepared).shape == (4, 33)
     assert embeddings.register(f"{path}:Net") == f"{path.resolve()}:Net"
     assert embeddings.source_digest(name) not in (None, embeddings.source_digest(f"{path.resolve()}:Net"))
     assert embeddings.source_digest("few=resmlp,signal=cnn1d") is None

@@ -136,7 +136,7 @@ def test_best_weights_are_kept_when_later_epochs_are_worse(line_bank, tmp_path, 
         return next(losses)
 
     monkeypatch.setattr(trainer._Training, "_validation_loss", validation)
-    run = train(line_bank, tmp_path / "run", max_epochs=50, patience=3)
+    run = train(line_bank, tmp_path / "run", max_epochs=50, patience=3, ema=0)
     assert len(kept) == 5, "three epochs without a better loss stop the training"
     for name, value in run.estimator().state_dict().items():
         assert torch.equal(value, kept[1][name])
