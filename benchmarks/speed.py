@@ -157,7 +157,7 @@ def samplers(job: dict[str, Any]) -> dict[str, Any]:
         except UserError as error:  # draws that the sampler's own check refuses are a result
             out["ways"][name] = {"refused": str(error)}
             continue
-        scores = [c2st(e, d) for e, (_, d) in zip(exact, made, strict=True)] if job["score"] else []
+        scores = c2st(np.stack(exact), np.stack([d for _, d in made])) if job["score"] else []
         out["ways"][name] = {"seconds": [s for s, _ in made], "c2st": scores}
     return out
 
