@@ -46,6 +46,7 @@ EXACT = ("two_moons", "gaussian_linear")  # those with an exact sampler
 TRAINED = {"ours": None, "sbi maf (its default)": "maf", "sbi nsf": "nsf"}
 STEPS = (4, 6, 8)  # of our solvers, below their default
 PARTS = ("training", "samplers", "memory")
+FIGURES = "figures: "
 FULL = {"draws": 100_000, "batch": 500, "each": 1000, "sampled": 10_000, "observations": 3, "repeats": 3, "ours": {}, "sbi": {},
         "sbi_most": 1_000_000, "limit": 600.0}  # limit: seconds of sbi's rejection
 TINY = {"draws": 500, "batch": 3, "each": 20, "sampled": 200, "observations": 1, "repeats": 1, "ours": {"max_epochs": 2},
@@ -221,13 +222,13 @@ KINDS = {"training": training, "samplers": samplers, "memory": memory}
 
 
 def child(job: dict[str, Any]) -> None:
-    """Run one measurement and print its figures as the last line."""
+    """Run one measurement and print its figures on a line."""
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(job["threads"])
     with tempfile.TemporaryDirectory() as folder, chdir(folder):  # sbi writes its logs where it stands
-        print(json.dumps(KINDS[job["kind"]](job), default=float))
+        print("\n" + FIGURES + json.dumps(KINDS[job["kind"]](job), default=float), flush=True)
 
 
 # ------------------------------------------------------------------------------------------------- in the parent process
@@ -249,7 +250,10 @@ def apart(job: dict[str, Any]) -> Any:
     done = subprocess.run([sys.executable, __file__, "--child", json.dumps(job)], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{job}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    told = [line.removeprefix(FIGURES) for line in done.stdout.splitlines() if line.startswith(FIGURES)]
+    if not told:
+        raise RuntimeError(f"{job} printed no figures: {done.stdout[-1000:]}")
+    return json.loads(told[-1])  # sbi prints lines of its own, before and after
 
 
 def measure(cells: Cells, banks: Banks, args: argparse.Namespace, budget: dict[str, Any]) -> None:
