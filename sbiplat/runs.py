@@ -46,6 +46,10 @@ class Run:
     path: Path
     record: Mapping[str, Any]
 
+    def __repr__(self) -> str:
+        state = "finished" if self.record.get("finished") else "unfinished"
+        return f"Run({str(self.path)!r}, {self.record['architecture']['estimator']}, {state})"
+
     @classmethod
     def open(cls, path: str | Path) -> Run:
         """Open a run; raises RunError where it is none, damaged, or of another format version."""
@@ -150,11 +154,22 @@ class Run:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        estimator, weights = self.architecture.build(), self._weights()
+        weights = self._weights()
+        try:
+            estimator = self.architecture.build()
+        except (RuntimeError, TypeError, ValueError, OverflowError, MemoryError) as error:
+            line = (str(error) or repr(error)).splitlines()[0]
+            raise RunError(f"the net that {self.path / 'run.json'} describes cannot be made ({line[:120]}): the file is damaged") from None
         if files.digest_bytes(weights) != self.weights_digest:
             raise RunError(f"{self.weights_path} was changed by another process; open the run again")
         try:
-            estimator.load_state_dict(load(weights))
+            tensors = load(weights)
+            for name, wanted in estimator.state_dict().items():
+                if name in tensors and tensors[name].dtype != wanted.dtype:
+                    raise RuntimeError(f"{name} holds {tensors[name].dtype}, expected {wanted.dtype}")
+                if name in tensors and wanted.is_floating_point() and not bool(tensors[name].isfinite().all()):
+                    raise RuntimeError(f"{name} holds numbers that are not finite")
+            estimator.load_state_dict(tensors)
         except (SafetensorError, OSError, RuntimeError, KeyError) as error:
             raise RunError(f"{self.weights_path} is damaged or of another architecture: {str(error).splitlines()[0]}") from None
         return estimator.to(device).eval()

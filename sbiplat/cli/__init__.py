@@ -322,7 +322,7 @@ def main() -> NoReturn:
             traceback.print_exc()
         _fail(str(error), error.exit_code, error.details)
     except KeyboardInterrupt:
-        _fail(_STOPPED, STOPPED)
+        _fail(_stopped(arguments), STOPPED)
     except BrokenPipeError:  # the reader of a pipe has gone, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(0)
@@ -333,7 +333,7 @@ def main() -> NoReturn:
             command = " ".join(["sbiplat", *(a for a in arguments[:2] if a in _COMMANDS)])
             _fail(f"{error.format_message()} (see {command} --help)", 2)
         if type(error).__name__ == "Abort":
-            _fail(_STOPPED, STOPPED)
+            _fail(_stopped(arguments), STOPPED)
         if is_disk_full(error):
             _fail(f"the disk is full ({error}); free some space and run the same command again", 2)
         raise
@@ -341,6 +341,11 @@ def main() -> NoReturn:
 
 
 _STOPPED = "stopped; what was committed is kept, and the same command goes on from there"
+_RESUME = ("simulate", "train", "run", "bank")
+
+
+def _stopped(arguments: list[str]) -> str:
+    return _STOPPED if arguments and arguments[0] in _RESUME else "stopped; nothing was written, and the same command begins anew"
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:

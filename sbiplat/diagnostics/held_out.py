@@ -23,6 +23,7 @@ from sbiplat.progress import Progress, silent
 Array = NDArray[np.float64]
 CHUNK_NUMBERS = 2**22
 MOST_FEATURES = 256
+LEAST_CHUNKS = 20  # so that a slow gate shows that it goes on
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def held_out_figures(
     truth = np.asarray(pairs["theta"], float)
     reference = references.draw(features(pairs["x"]), streams[1])
     count, dim = truth.shape
-    chunk = max(1, CHUNK_NUMBERS // (draws * dim))
+    chunk = max(1, min(CHUNK_NUMBERS // (draws * dim), -(-count // LEAST_CHUNKS)))
     all_ranks, log_q, variances = np.empty((count, 1 + dim)), np.empty(count), np.empty((count, dim))
     with progress.task("gate", count) as advance:
         for k, a in enumerate(range(0, count, chunk)):

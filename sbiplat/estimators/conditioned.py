@@ -69,6 +69,14 @@ class Conditioned(Estimator):
         """Of prepared x, (B, C): what the embedding makes of it, and the regression's mean in the last D columns."""
         return torch.cat([embeddings.apply(self.embedding, self.spec, x).float(), self.regression(self._numbers(x))], dim=1)
 
+    def context_of(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        """The context for the loss: in training, the regression's mean is that without the row itself."""
+        context = self.context(x)
+        if not self.training:
+            return context
+        mean = self.regression.left_out(context[:, -self.dim:], self._numbers(x), self.scaled(theta))
+        return torch.cat([context[:, :-self.dim], mean], dim=1)
+
     def whiten(self, theta: Tensor, context: Tensor) -> Tensor:
         """w (..., D) of unconstrained theta, by the regression's mean and covariance."""
         return self.regression.whiten(self.scaled(theta), context[..., -self.dim:])

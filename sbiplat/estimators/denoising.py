@@ -27,7 +27,7 @@ from sbiplat.nets.fields import Field
 from sbiplat.settings import Interval, setting
 
 LEAST, MOST = 1e-3, 80.0  # noise levels, in units of the whitened posterior
-SOLVERS = ("heun", "dpm", "sde")
+SOLVERS = {"heun": 12, "dpm": 50, "sde": 50}  # and their steps
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class DenoisingSettings(ConditionedSettings):
     hidden: int = setting(64, "width of the field", low=1, high=65536)
     blocks: int = setting(3, "residual blocks of the field", low=1, high=256)
     noises: int = setting(2, "noise levels a row and step", low=1, high=1024)
-    solver: str = setting("heun", "heun (two evaluations a step), dpm (DPM-Solver++ 2M, one), or sde (its stochastic form)", among=SOLVERS)
-    steps: int = setting(12, "steps of the solver", low=4, high=10000)
+    solver: str = setting("heun", "heun (two evaluations a step), dpm (DPM-Solver++ 2M, one), or sde (its stochastic form)",
+                          among=tuple(SOLVERS))
+    steps: int | None = setting(None, "steps of the solver; by default 12 of heun, 50 of dpm and sde", low=4, high=10000)
     trace: str = setting("exact", "trace of the Jacobian in log_prob: exact, or hutchinson's estimate", among=("exact", "hutchinson"))
 
 
@@ -53,6 +54,11 @@ class Denoising(Conditioned):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
         self.field = Field(architecture.dim, self.width, self.settings.hidden, self.settings.blocks)
+
+    @property
+    def steps(self) -> int:
+        """Of the solver."""
+        return self.settings.steps or SOLVERS[self.settings.solver]
 
     def levels(self, u: Tensor) -> Tensor:
         """Noise levels s of uniform u in (0, 1): what the field is trained on."""
@@ -77,7 +83,7 @@ class Denoising(Conditioned):
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The field's weighted squared error, (B,)."""
-        context = self.context(x)
+        context = self.context_of(theta, x)
         w = self.whiten(theta, context)
         count = self.settings.noises
         strata = (torch.rand(len(w), 1, 1, device=w.device) + torch.arange(count, device=w.device)[:, None] / count) % 1

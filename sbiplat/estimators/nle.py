@@ -57,7 +57,7 @@ class NLE(Tractable):
                                "let the simulator return summaries, or use npe, npse, fmpe or nre")
         self.standardise = Standardise(self.spec)
         self.register_buffer("varies", torch.ones(size, dtype=torch.bool))
-        self.register_buffer("unit", torch.zeros(size))  # of whole-numbered features, after standardisation
+        self.register_buffer("whole", torch.zeros(size, dtype=torch.bool))  # whole-numbered features
         settings = self.settings
         hidden = settings.hidden or (64,)
         self.of_theta = _mlp(self.dim, settings.context_hidden, settings.context, settings.activation)
@@ -72,15 +72,16 @@ class NLE(Tractable):
         raw = torch.cat([v.reshape(len(v), -1).double() for v in x.values()], dim=1)
         self.varies.copy_((raw != raw[:1]).any(0))
         plain = torch.cat([torch.full((v[0].numel(),), self.spec.transform[k] == "none") for k, v in x.items()])
-        scale = torch.cat([getattr(self.standardise, f"scale_{k}").flatten().double() for k in x])
-        self.unit.copy_(torch.where(plain & (raw == raw.round()).all(0) & self.varies, 1 / scale, 0.0))
+        self.whole.copy_(plain & (raw == raw.round()).all(0) & self.varies)
 
     @torch.no_grad()
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
-        """{"x": standardised (B, F), constants at 0; "log_det": of the standardisation, (B,)}."""
+        """{"x": standardised (B, F), constants at 0; "log_det": of the standardisation, (B,); "unit": one of a whole-numbered feature,
+        after standardisation, where it stands, (B, F), 0 of others}."""
         slopes = embeddings.flatten(self.standardise.log_slopes(x))
         values = embeddings.flatten(self.standardise(x))
-        return {"x": torch.where(self.varies, values, 0.0), "log_det": torch.where(self.varies, slopes, 0.0).sum(1).float()}
+        return {"x": torch.where(self.varies, values, 0.0), "log_det": torch.where(self.varies, slopes, 0.0).sum(1).float(),
+                "unit": torch.where(self.whole, slopes.exp(), 0.0).float()}
 
     def observed(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return x["x"], x["log_det"]
@@ -94,7 +95,7 @@ class NLE(Tractable):
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         values = x["x"]
         proposal = self.proposal.log_prob(self.scaled(theta), self.of_x(values))
-        smooth = values + self.unit * (torch.rand_like(values) - 0.5)
+        smooth = values + x["unit"] * (torch.rand_like(values) - 0.5)
         smooth = torch.where(self.varies, smooth, torch.randn_like(values))  # a density of a constant has no bound
         return -self.log_likelihood(theta, smooth) - x["log_det"] - proposal
 

@@ -57,4 +57,4 @@ class NPE(Conditioned):
         return self.unwhiten(self.density.sample(context, n, generator), context[:, None])
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
-        return -self.log_prob(theta, self.context(x))
+        return -self.log_prob(theta, self.context_of(theta, x))

@@ -88,7 +88,8 @@ class NRE(Conditioned, Tractable):
         """The contrastive loss of each row, the batch's balance, and the proposal's negative log-likelihood, (B,)."""
         if self.training and len(theta) < 2:
             raise SettingError("nre contrasts the rows of a batch with each other: batch_size must be at least 2")
-        settings, context, z, rows = self.settings, self.context(x), self.scaled(theta), torch.arange(len(theta), device=theta.device)
+        settings, context, z = self.settings, self.context_of(theta, x), self.scaled(theta)
+        rows = torch.arange(len(z), device=z.device)
         shifts = 1 + torch.randint(max(1, len(z) - 1), (len(z), settings.classes), device=z.device)
         sets = z[torch.cat([rows[:, None], (rows[:, None] + shifts) % len(z)], dim=1)]  # one's own, and K of others
         still = context.detach()

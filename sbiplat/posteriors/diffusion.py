@@ -121,8 +121,8 @@ class DiffusionSampler(Contexts):
     def _solve(self, field: Field, z: Tensor, generator: torch.Generator) -> Tensor:
         settings = self.estimator.settings
         if settings.solver == "heun":
-            return solve_heun(field, z, settings.steps)
-        return solve_dpm(field, z, settings.steps, generator if settings.solver == "sde" else None)
+            return solve_heun(field, z, self.estimator.steps)
+        return solve_dpm(field, z, self.estimator.steps, generator if settings.solver == "sde" else None)
 
     @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from sbiplat.posteriors.chains import effective_size, r_hat
 from sbiplat.posteriors.passes import Contexts
 
 POPULATIONS = 4
-MOST_R_HAT = 1.1
+MOST_R_HAT = 1.05
 MOST_EVIDENCE_ERROR = 0.5  # nats, one standard error
 TOLERATED = 0.02  # share of a batch's observations that may be worse
 DRAWS_A_CHAIN, LEAST_KEPT = 20, 8  # at the last power

@@ -104,7 +104,8 @@ class _Search:
             if (self.out / "run.json").exists():
                 raise RunError(f"{self.out} holds a run that was not tuned; give the search another --out")
             check_place(self.out)
-            self.base.architecture.build(self.base.seed)
+            for chosen in ({}, *({k: v} for k, values in self.space.items() if not isinstance(values, Interval) for v in values)):
+                self._plan(chosen).architecture.build(self.base.seed)  # a choice that no trial could make is told now
             if self.base.training.compile:
                 check_compiler(self.base.training.device)
             check_bank(self.base, self.progress)
@@ -233,13 +234,23 @@ class _Search:
                 raise OtherTraining(f"the search in {self.out} was begun with {name} = {theirs!r}, not {mine!r}; "
                                     "use the same settings to resume, or another --out")
         trials = found.get("trials")
-        if not isinstance(trials, list) or not all(self._is_trial(t) for t in trials):
+        if not isinstance(trials, list) or not all(self._is_trial(k, t) for k, t in enumerate(trials)):
             raise RunError(f"{path} is damaged: its trials are no list of trials; give another --out")
         self.trials = trials
 
-    def _is_trial(self, told: Any) -> bool:
-        return isinstance(told, dict) and (told.get("state") == "running" or {"losses", "epochs", "validation_loss"} <= set(told)) \
-            and told.get("state") in STATES and isinstance(told.get("settings"), dict) and set(told["settings"]) == set(self.space)
+    def _is_trial(self, number: int, told: Any) -> bool:
+        if not isinstance(told, dict) or told.get("number") != number or told.get("state") not in STATES:
+            return False
+        settings = told.get("settings")
+        if not isinstance(settings, dict) or set(settings) != set(self.space):
+            return False
+        if not all(_lies_in(self.space[k], v) for k, v in settings.items()):
+            return False
+        if told["state"] == "running":
+            return True
+        losses, best = told.get("losses"), told.get("validation_loss")
+        return isinstance(losses, list) and all(v is None or _is_number(v) for v in losses) and isinstance(told.get("epochs"), int) \
+            and (_is_number(best) or (best is None and told["state"] != "complete"))
 
     def _settle(self) -> Run:
         """Make the best trial's run the one in `out`, unless it is."""
@@ -276,6 +287,16 @@ def _distribution(values: Interval | tuple[Any, ...]) -> Any:
     if isinstance(values.low, int) and isinstance(values.high, int):
         return IntDistribution(values.low, values.high, log=values.log)
     return FloatDistribution(values.low, values.high, log=values.log)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _lies_in(values: Interval | tuple[Any, ...], value: Any) -> bool:
+    if isinstance(values, Interval):
+        return _is_number(value) and values.low <= value <= values.high
+    return json.dumps(value) in [json.dumps(v) for v in values]
 
 
 def _best_so_far(run: Run) -> list[float]:

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import QUICK
 
 import sbiplat as sp
@@ -87,6 +88,30 @@ def test_a_refused_run_says_which_criterion_by_how_much_and_the_mend(line_bank, 
     with pytest.raises(Uncertified, match=r"refused by the gate: .*"):
         sp.load(run)
     assert all(c.mend for c in certificate.failed)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda t: torch.full_like(t, torch.nan), "not finite"), (lambda t: t.to(torch.int64), r"holds torch.int64, expected torch.float32"),
+])
+def test_weights_of_another_kind_are_refused_in_one_line(change, message, run_copy):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(run_copy / "weights.safetensors")
+    name = next(k for k, v in tensors.items() if v.is_floating_point() and v.numel())
+    save_file({**tensors, name: change(tensors[name])}, run_copy / "weights.safetensors")
+    with pytest.raises(RunError, match=message) as error:
+        sp.Run.open(run_copy).estimator()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [[10**30], [10**13]])
+def test_a_net_that_cannot_be_made_is_one_line(shape, run_copy):
+    record = json.loads((run_copy / "run.json").read_text())
+    record["architecture"]["x"]["shapes"]["x"] = shape
+    (run_copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(sp.UserError) as error:
+        sp.Run.open(run_copy).estimator()
+    assert "\n" not in str(error.value)
 
 
 def test_the_same_gate_gives_the_same_figures(run_copy, line_bank):

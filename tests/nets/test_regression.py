@@ -62,6 +62,34 @@ def test_rows_that_were_used_do_not_look_better_than_new_ones():
     assert regression.weight.abs().max() < 0.1
 
 
+def test_means_in_training_are_those_of_the_fit_without_the_row():
+    u, z, *_ = linear_gaussian(60)
+    whole = fitted(u, z)
+    found = whole.left_out(whole(u), u, z)
+    for k in (0, 17, 42):
+        rest = torch.arange(60) != k
+        centred = (u - u.mean(0)).double()
+        ridge = torch.linalg.inv(whole.precision.double()) - centred.mT @ centred / 60  # r I
+        x, y = u[rest].double(), z[rest].double()
+        x_mean, y_mean = x.mean(0), y.mean(0)
+        weight = torch.linalg.solve((x - x_mean).mT @ (x - x_mean) + 60 * ridge, (x - x_mean).mT @ (y - y_mean))
+        torch.testing.assert_close(found[k].double(), (u[k].double() - x_mean) @ weight + y_mean, rtol=0.02, atol=0.02)
+
+
+def test_a_net_sees_training_rows_as_wide_as_new_ones():
+    rng = np.random.default_rng(5)
+    law = rng.normal(size=(2, 80)) / 8
+    z, new = rng.normal(size=(200, 2)), rng.normal(size=(5000, 2))
+    u, fresh = (torch.as_tensor(v @ law + 0.5 * rng.normal(size=(len(v), 80)), dtype=torch.float32) for v in (z, new))
+    z, new = (torch.as_tensor(v, dtype=torch.float32) for v in (z, new))
+    regression = fitted(u, z)
+    seen = regression.whiten(z, regression.left_out(regression(u), u, z)).std(0)
+    plain = regression.whiten(z, regression(u)).std(0)
+    there = regression.whiten(new, regression(fresh)).std(0)
+    torch.testing.assert_close(seen, there, rtol=0.15, atol=0.0)  # 1 / sqrt(400) = 0.05 each
+    assert bool((plain < 0.85 * there).all()), "which the fit's own residuals are not"
+
+
 def test_without_features_nothing_is_changed():
     regression = fitted(torch.zeros(10, 0), torch.randn(10, 2, generator=torch.Generator().manual_seed(0)))
     z = torch.tensor([[1.0, 2.0]])

@@ -268,6 +268,25 @@ def search_table():
     return "\n".join(rows)
 
 
+def test_a_choice_that_no_trial_could_make_is_told_before_the_first(line_bank, tmp_path):
+    with pytest.raises(SettingError, match="embedding = cnn2d takes an array"):
+        sp.tune(line_bank, "npe", out=tmp_path / "run", trials=2, max_epochs=1, search={"embedding": ["mlp", "cnn2d"]}, progress=silent)
+    assert not (tmp_path / "run" / "tune.json").exists()
+
+
+@pytest.mark.parametrize("edit", [{"losses": ["a"]}, {"losses": None}, {"validation_loss": None}, {"number": 7}, {"settings": {"context": "x"}}])
+def test_a_damaged_list_of_trials_is_one_line(edit, line_bank, tmp_path):
+    def search():
+        return sp.tune(line_bank, "npe", out=tmp_path / "run", trials=1, search={"context": [8, 16]}, progress=silent, flow="gaussian", max_epochs=1)
+
+    search()
+    told = json.loads((tmp_path / "run" / "tune.json").read_text())
+    told["trials"][0].update(edit)
+    (tmp_path / "run" / "tune.json").write_text(json.dumps(told))
+    with pytest.raises(RunError, match=r"tune.json is damaged"):
+        search()
+
+
 def test_the_docs_list_the_search_spaces():
     shown = (ROOT / "docs" / "how-to.md").read_text().partition("<!-- search -->\n\n")[2]
     assert shown.startswith(search_table() + "\n"), f"put this under <!-- search --> in docs/how-to.md:\n{search_table()}"
