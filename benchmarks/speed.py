@@ -48,7 +48,7 @@ STEPS = (4, 6, 8)  # of our solvers, below their default
 PARTS = ("training", "samplers", "memory")
 FIGURES = "figures: "
 FULL = {"draws": 100_000, "batch": 500, "each": 1000, "sampled": 10_000, "observations": 3, "repeats": 3, "ours": {}, "sbi": {},
-        "sbi_most": 1_000_000, "limit": 600.0}  # limit: seconds of sbi's rejection
+        "sbi_most": 1_000_000, "limit": 60.0}  # limit: seconds of sbi's rejection
 TINY = {"draws": 500, "batch": 3, "each": 20, "sampled": 200, "observations": 1, "repeats": 1, "ours": {"max_epochs": 2},
         "sbi": {"max_num_epochs": 1}, "sbi_most": 2000, "limit": 5.0}
 
@@ -300,11 +300,19 @@ def ratio(slow: float | None, fast: float | None) -> str:
     return "" if slow is None or fast is None else f"{slow / fast:.1f}"
 
 
+def there(cells: Cells, args: argparse.Namespace, key: str) -> list[dict[str, Any]]:
+    """The cells of all seeds that were measured."""
+    return [cells[f"{key}; {s}"] for s in range(args.seeds) if f"{key}; {s}" in cells.content["cells"]]
+
+
 def training_tables(cells: Cells, args: argparse.Namespace) -> None:
     for threads in args.threads:
         speed, draws = [], []
         for task in args.tasks:
-            found = {tool: [cells[f"training; {task}; {args.rows}; {threads}; {tool}; {s}"] for s in range(args.seeds)] for tool in TRAINED}
+            found = {tool: there(cells, args, f"training; {task}; {args.rows}; {threads}; {tool}") for tool in TRAINED}
+            found = {tool: cs for tool, cs in found.items() if cs}
+            if "ours" not in found:
+                continue
             refused = {tool: next((c["refused"] for c in cs if "refused" in c), None) for tool, cs in found.items()}
             for tool, theirs in list(found.items())[1:]:
                 if refused[tool] or refused["ours"]:
@@ -327,10 +335,12 @@ def sampler_tables(cells: Cells, args: argparse.Namespace, budget: dict[str, Any
         rows = []
         for task in (t for t in args.tasks if t in EXACT):
             for estimator in ("npse", "fmpe", "nle"):
-                found = {tool: [cells[f"{estimator}; {task}; {args.rows}; {threads}; {tool}; {s}"]["ways"] for s in range(args.seeds)]
+                found = {tool: [c["ways"] for c in there(cells, args, f"{estimator}; {task}; {args.rows}; {threads}; {tool}")]
                          for tool in ("ours", "sbi")}
-                seconds, score = _way(found["sbi"], "default")
-                rows.append([task, estimator, "sbi", shown(seconds, "refused"), shown(score, ""), ""])
+                if not found["ours"]:
+                    continue
+                seconds, score = _way(found["sbi"], "default") if found["sbi"] else (None, None)
+                rows.append([task, estimator, "sbi", shown(seconds, "refused" if found["sbi"] else "not measured"), shown(score, ""), ""])
                 for way in found["ours"][0]:
                     ours, own = _way(found["ours"], way)
                     rows.append([task, estimator, f"ours, {way}", shown(ours, "refused"), shown(own, ""), ratio(seconds, ours)])
@@ -352,7 +362,9 @@ def memory_table(cells: Cells, args: argparse.Namespace, budget: dict[str, Any])
     for size in args.sizes:
         for tool in ("ours", "sbi"):
             if tool == "ours" or size <= budget["sbi_most"]:
-                found = [cells[f"memory; {size}; {tool}; {s}"] for s in range(args.seeds)]
+                found = there(cells, args, f"memory; {size}; {tool}")
+                if not found:
+                    continue
                 rows.append([f"{size:,}", tool, middle([c["rss_mb"] for c in found]), middle([c["epoch_seconds"] for c in found])])
     print("\n" + table(rows, ["rows", "tool", "peak RSS above start, MB", "s an epoch"]))
 
@@ -365,6 +377,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", type=int, default=[10**4, 10**5, 10**6, 10**7])
+    parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--tiny", action="store_true", help="a few epochs and draws: whether it works")
     parser.add_argument("--results", default="speed", help="name of the file in results/, or a path without .json")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -375,8 +388,9 @@ def main() -> None:
     if args.tiny and args.results == "speed":
         parser.error("--tiny needs --results: its figures mean nothing")
     cells, budget = Cells(args.results), TINY if args.tiny else FULL
-    with tempfile.TemporaryDirectory() as folder:
-        measure(cells, Banks(folder), args, budget)
+    if not args.show:
+        with tempfile.TemporaryDirectory() as folder:
+            measure(cells, Banks(folder), args, budget)
     if "training" in args.parts:
         training_tables(cells, args)
     if "samplers" in args.parts:

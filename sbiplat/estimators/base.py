@@ -59,6 +59,8 @@ class Estimator(nn.Module):
         self.register_buffer("theta_loc", torch.zeros(self.dim))
         self.register_buffer("theta_scale", torch.ones(self.dim))
 
+    rows_were_fitted = False  # whether `fit_scales` saw every row of training: told by who trains
+
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
         """Set standardisation from rows of the bank, before training: here that of theta."""
         if not self.gaussianised:  # elsewhere z is N(0, I) already

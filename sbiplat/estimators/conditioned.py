@@ -70,9 +70,9 @@ class Conditioned(Estimator):
         return torch.cat([embeddings.apply(self.embedding, self.spec, x).float(), self.regression(self._numbers(x))], dim=1)
 
     def context_of(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
-        """The context for the loss: in training, the regression's mean is that without the row itself."""
+        """The context for the loss: in training on rows that the regression was fitted to, its mean is that without the row itself."""
         context = self.context(x)
-        if not self.training:
+        if not (self.training and self.rows_were_fitted):
             return context
         mean = self.regression.left_out(context[:, -self.dim:], self._numbers(x), self.scaled(theta))
         return torch.cat([context[:, :-self.dim], mean], dim=1)

@@ -125,6 +125,9 @@ class _Training:
         rows = max(1000, min(SCALE_ROWS, SCALE_BYTES // bank.header.x.row_bytes))
         scale = self._observed(self._tensors(self.batches.sample(rows), torch.device("cpu")), _noise_seed(run.seed, -2, 0))
         self.estimator.fit_scales(scale["theta"], scale["x"])
+        for part in self.estimator.modules():
+            if isinstance(part, Estimator):
+                part.rows_were_fitted = len(scale["theta"]) >= apart.training_rows
         self.estimator.to(self.device)
         self.validation = self._prepared(pairs_at(bank, apart.validation))
         self.resident = None

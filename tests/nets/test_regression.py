@@ -3,7 +3,13 @@
 import numpy as np
 import torch
 
+import sbiplat as sp
+from sbiplat.estimators.base import Architecture
+from sbiplat.estimators.npe import NPE
 from sbiplat.nets.regression import Regression
+from sbiplat.observation import ObservationSpec
+from sbiplat.progress import silent
+from sbiplat.training import trainer
 
 ROWS, FEATURES, DIM = 20_000, 6, 3
 
@@ -103,3 +109,36 @@ def test_constant_and_repeated_features_are_no_trouble():
     assert bool(torch.isfinite(regression.weight).all())
     residual = z - regression(torch.cat([u, u, torch.ones(1000, 1)], dim=1))
     assert float(residual.var()) <= 1.05 * float((z - fitted(u, z)(u)).var())
+
+
+def test_only_rows_that_were_fitted_are_left_out_and_only_in_training():
+    """For a row that was not fitted, m - h z would hand its own z to the net."""
+    spec = ObservationSpec.declare((FEATURES,))
+    estimator = Architecture("npe", NPE.settings_class(flow="gaussian"), DIM, spec, True).build(0)
+    u, z, *_ = linear_gaussian(200)
+    estimator.fit_scales(z, {"x": u})
+    x = estimator.prepare({"x": u})
+
+    def means():
+        return estimator.context_of(z, x)[:, -DIM:]
+
+    plain = estimator.context(x)[:, -DIM:]
+    torch.testing.assert_close(means(), plain)
+    estimator.rows_were_fitted = True
+    assert not torch.allclose(means(), plain)
+    torch.testing.assert_close(estimator.eval().context_of(z, x)[:, -DIM:], plain)
+
+
+def test_training_says_whether_every_row_was_fitted(line_bank, tmp_path, monkeypatch):
+    seen = []
+    original = trainer._Training.finish
+
+    def finish(self):
+        seen.append(self.estimator.rows_were_fitted)
+        return original(self)
+
+    monkeypatch.setattr(trainer._Training, "finish", finish)
+    sp.train(line_bank, "npe", out=tmp_path / "all", flow="gaussian", max_epochs=1, progress=silent)
+    monkeypatch.setattr(trainer, "SCALE_ROWS", 2000)
+    sp.train(line_bank, "npe", out=tmp_path / "some", flow="gaussian", max_epochs=1, progress=silent)
+    assert seen == [True, False]
