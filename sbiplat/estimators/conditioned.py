@@ -35,6 +35,7 @@ class ConditionedSettings:
                            among=("flatten", "mean"))
     patch: int = setting(16, "times in a token of transformer", low=1, high=65536)
     svd: int = setting(0, "components of the bank's singular value decomposition that start mlp and resmlp; 0: none", low=0, high=65536)
+    regression: bool = setting(True, "begin at the linear-Gaussian posterior, where x has at most 512 numbers and the embedding is dense")
     members: int = setting(1, "members of an ensemble, an equal mixture that is one posterior", low=1, high=100)
 
 
@@ -91,7 +92,8 @@ class Conditioned(Estimator):
         return self.regression.log_det - self.theta_scale.log().sum()
 
     def _numbers(self, x: dict[str, Tensor]) -> Tensor:
-        return embeddings.numbers(self.embedding, self.spec, x).float()
+        found = embeddings.numbers(self.embedding, self.spec, x).float()
+        return found if self.settings.regression else found[:, :0]
 
     def _zeros(self) -> dict[str, Tensor]:
         return {k: torch.zeros(1, *shape) for k, shape in self.spec.shapes.items()}

@@ -142,3 +142,11 @@ def test_training_says_whether_every_row_was_fitted(line_bank, tmp_path, monkeyp
     monkeypatch.setattr(trainer, "SCALE_ROWS", 2000)
     sp.train(line_bank, "npe", out=tmp_path / "some", flow="gaussian", max_epochs=1, progress=silent)
     assert seen == [True, False]
+
+
+def test_it_may_be_left_away():
+    estimator = Architecture("npe", NPE.settings_class(flow="gaussian", regression=False), DIM, ObservationSpec.declare((FEATURES,)), True).build(0)
+    u, z, *_ = linear_gaussian(200)
+    estimator.fit_scales(z, {"x": u})
+    context = estimator.context(estimator.prepare({"x": u}))
+    torch.testing.assert_close(estimator.whiten(z, context), z)

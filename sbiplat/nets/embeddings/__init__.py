@@ -188,7 +188,6 @@ def numbers(embedding: nn.Module, spec: ObservationSpec, x: dict[str, Tensor]) -
     All of x for dense nets, the summaries where an embedding has some; F = 0 for nets whose context may be invariant (sets, convolutions,
     a user's own), which such a model would break, and where there are over `MOST_NUMBERS`.
     """
-    rows = len(next(iter(x.values())))
     if isinstance(embedding, Fused):
         nets = embedding.by_field()
         found = torch.cat([numbers(net, _alone(spec, f), {"x": x[f]}) for f, net in nets.items()], dim=1)
@@ -197,7 +196,8 @@ def numbers(embedding: nn.Module, spec: ObservationSpec, x: dict[str, Tensor]) -
     elif isinstance(embedding, MLP | ResidualMLP | Flatten):
         found = flatten(x)
     else:
-        return torch.zeros(rows, 0)
+        first = next(iter(x.values()))
+        return first.new_zeros(len(first), 0)
     return found if found.shape[1] <= MOST_NUMBERS else found[:, :0]
 
 
