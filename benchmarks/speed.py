@@ -13,7 +13,7 @@ posteriors on the same held-out rows, in nats over theta: sbi's density is corre
 
     taskset -c 0,1 python benchmarks/speed.py                             # all; resumes cell by cell
     taskset -c 0,1 python benchmarks/speed.py --parts training --rows 100000 --threads 1
-    python benchmarks/speed.py --tiny --results /tmp/tiny                 # whether it works, in minutes
+    python benchmarks/speed.py --tiny --results tiny                      # whether it works, in minutes
 """
 
 from __future__ import annotations
