@@ -2,10 +2,12 @@
 Seconds are of one thread's processor time.
 
 python benchmarks/estimators.py
+python benchmarks/estimators.py --flows      # npe by flow
 """
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -22,14 +24,14 @@ from simulators.two_moons import two_moons
 ROWS, DRAWS, PAIRS = 10_000, 100_000, 1000
 
 
-def measure(estimator: str) -> dict[str, Any]:
+def measure(estimator: str, **settings: Any) -> dict[str, Any]:
     rng = np.random.default_rng(20260801)
     theta = two_moons.prior.sample(rng, PAIRS)
     x = two_moons(theta, rng)
     with tempfile.TemporaryDirectory() as folder:
         bank = sp.simulate(two_moons, ROWS, 1, Path(folder) / "bank", workers=1, progress=silent)
         start = time.process_time()
-        run = sp.train(bank, estimator, out=Path(folder) / "run", progress=silent)
+        run = sp.train(bank, estimator, out=Path(folder) / "run", progress=silent, **settings)
         training = time.process_time() - start
         posterior = sp.load(run, allow_uncertified=True)
         start = time.process_time()
@@ -44,10 +46,15 @@ def measure(estimator: str) -> dict[str, Any]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--flows", action="store_true", help="npe by flow, in place of the estimators")
+    wanted: dict[str, dict[str, Any]] = {name: {} for name in ("npe", "npse", "fmpe", "nle", "nre")}
+    if parser.parse_args().flows:
+        wanted = {f"npe {flow}": {"flow": flow} for flow in ("nsf", "bpf", "cnf")}
     cells = Cells("estimators")
     rows = []
-    for name in ("npe", "npse", "fmpe", "nle", "nre"):
-        cell = cells.measure(name, lambda name=name: measure(name))
+    for name, settings in wanted.items():
+        cell = cells.measure(name, lambda name=name, settings=settings: measure(name.split()[0], **settings))
         rows.append([name, cell["training_seconds"], cell["held_out_log_prob"] or f"refused: {cell['refused']}", cell["sampling_seconds"]])
     print(table(rows, ["estimator", "training, s", "held-out log-density", f"{DRAWS} draws for one x, s"]))
 

@@ -157,6 +157,13 @@ def test_debug_shows_the_traceback(place):
     assert "Traceback" in result.stderr
 
 
+def test_a_stop_promises_only_what_is_kept():
+    from sbiplat import cli
+
+    assert "goes on from there" in cli._stopped(["train", "moons.bank"])
+    assert "begins anew" in cli._stopped(["gate", "moons.run"])
+
+
 @pytest.mark.parametrize("command", [[], ["bank"], ["simulators"], ["simulate"], ["bank", "info"], ["bank", "verify"], ["bank", "pack"], ["bank", "compact"], ["bank", "plot"], ["train"],
                                      ["gate"], ["sample"], ["report"], ["run"]])
 def test_every_command_has_help_with_an_example(command):

@@ -127,7 +127,7 @@ class _Training:
         self.estimator.fit_scales(scale["theta"], scale["x"])
         for part in self.estimator.modules():
             if isinstance(part, Estimator):
-                part.rows_were_fitted = len(scale["theta"]) >= apart.training_rows
+                part.rows_were_fitted = observe is None and len(scale["theta"]) >= apart.training_rows  # with observe, x is another
         self.estimator.to(self.device)
         self.validation = self._prepared(pairs_at(bank, apart.validation))
         self.resident = None
