@@ -12,7 +12,7 @@ posteriors on the same held-out rows, in nats over theta: sbi's density is corre
     memory    of training a default npe for two epochs: peak RSS above what it was after the imports, and seconds an epoch.
 
     taskset -c 0,1 python benchmarks/speed.py                             # all; resumes cell by cell
-    taskset -c 0,1 python benchmarks/speed.py --parts training --rows 100000 --threads 1
+    taskset -c 0 python benchmarks/speed.py --parts training --rows 100000 --threads 1 --seeds 1 --tools ours 'sbi maf (its default)'
     python benchmarks/speed.py --tiny --results tiny                      # whether it works, in minutes
 """
 
@@ -266,7 +266,7 @@ def measure(cells: Cells, banks: Banks, args: argparse.Namespace, budget: dict[s
         for threads in args.threads:
             if "training" in args.parts:
                 for task in args.tasks:
-                    for tool in TRAINED:
+                    for tool in args.tools:
                         cell(f"training; {task}; {args.rows}; {threads}; {tool}; {seed}", task, args.rows, kind="training", tool=tool,
                              threads=threads, seed=seed)
             if "samplers" in args.parts:
@@ -373,6 +373,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--tasks", nargs="+", default=TASKS, choices=TASKS)
+    parser.add_argument("--tools", nargs="+", default=tuple(TRAINED), choices=tuple(TRAINED), help="of the part training")
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--seeds", type=int, default=3)

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from sbiplat.bank.fill import simulate
     from sbiplat.command import command_simulator
     from sbiplat.errors import Uncertified, UserError
-    from sbiplat.gate.certificate import Certificate, gate, load
+    from sbiplat.gate.certificate import Certificate
+    from sbiplat.gate.door import load
+    from sbiplat.gate.examine import gate
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
     from sbiplat.posteriors.from_sbi import from_sbi
@@ -40,7 +42,9 @@ _HOMES = {
     "sbiplat.bank.fill": ("simulate",),
     "sbiplat.command": ("command_simulator",),
     "sbiplat.errors": ("Uncertified", "UserError"),
-    "sbiplat.gate.certificate": ("Certificate", "gate", "load"),
+    "sbiplat.gate.certificate": ("Certificate",),
+    "sbiplat.gate.door": ("load",),
+    "sbiplat.gate.examine": ("gate",),
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
     "sbiplat.posteriors.from_sbi": ("from_sbi",),

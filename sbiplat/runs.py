@@ -30,7 +30,7 @@ from sbiplat.prior import Prior
 FORMAT_VERSION = 1
 # Settings that change how long a training takes or where it runs, not what it is: a resume may change them.
 PRACTICAL = ("threads", "device", "checkpoint_seconds")
-DOOR = "sbiplat.gate.certificate:load"  # by name, since it stands above
+DOOR = "sbiplat.gate.door:load"  # by name, since it stands above
 
 
 _KINDS: dict[str, type] = {

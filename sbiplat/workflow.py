@@ -40,9 +40,10 @@ from sbiplat.bank.fill import simulate as simulate_bank
 from sbiplat.bank.layout import Header
 from sbiplat.errors import BankError, OtherTraining, SettingError, Uncertified, UserError
 from sbiplat.estimators.base import Architecture, find, find_trained_here
-from sbiplat.gate.certificate import Certificate, load
-from sbiplat.gate.certificate import gate as gate_run
+from sbiplat.gate.certificate import Certificate
 from sbiplat.gate.criteria import Criteria
+from sbiplat.gate.door import load
+from sbiplat.gate.examine import gate as gate_run
 from sbiplat.nets import embeddings
 from sbiplat.observation import read_observation
 from sbiplat.posteriors.export import check_target, write_draws

@@ -52,7 +52,7 @@ def test_importing_the_platform_or_its_banks_imports_no_torch():
 
 
 def test_names_of_the_front_door_are_functions_though_rooms_have_the_same_names():
-    done = python("import sbiplat.simulator, sbiplat.gate.certificate, sbiplat.report.page, sbiplat.gate, sbiplat.report\n"
+    done = python("import sbiplat.simulator, sbiplat.gate.examine, sbiplat.report.page, sbiplat.gate, sbiplat.report\n"
                   "import sbiplat as sp, inspect\n"
                   "assert inspect.isfunction(sp.simulator) and inspect.isfunction(sp.gate) and inspect.isfunction(sp.report)")
     assert done.returncode == 0, done.stderr

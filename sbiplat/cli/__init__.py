@@ -213,7 +213,7 @@ def gate(
     as_json: Json = False,
 ) -> None:
     """Test a run on held-out pairs and write its certificate; exit 0 certified, 3 refused."""
-    from sbiplat.gate.certificate import gate as gate_run
+    from sbiplat.gate.examine import gate as gate_run
     from sbiplat.nets.embeddings import register
 
     if embedding:
@@ -249,7 +249,7 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw from a certified posterior; exit 4 if it is not certified."""
-    from sbiplat.gate.certificate import load
+    from sbiplat.gate.door import load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.export import check_target
     from sbiplat.runs import Run

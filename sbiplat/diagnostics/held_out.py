@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sbiplat.bank.stream import Pairs
 from sbiplat.diagnostics.coverage import Coverage, References, coverage, sbc_ranks, tarp_ranks
+from sbiplat.diagnostics.examined import Examined, tensors
 from sbiplat.diagnostics.information import Information, information
 from sbiplat.nets.standardise import Standardise
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Posterior
-from sbiplat.progress import Progress, silent
 
 Array = NDArray[np.float64]
 CHUNK_NUMBERS = 2**22
@@ -42,39 +41,31 @@ class Features:
 
     def __init__(self, posterior: Posterior, x: Fields, rng: np.random.Generator) -> None:
         self._standardise = Standardise(posterior.x)
-        self._standardise.fit(_tensors(x))
+        self._standardise.fit(tensors(x))
         size = posterior.x.size
         self._project = rng.standard_normal((size, MOST_FEATURES)) / np.sqrt(size) if size > MOST_FEATURES else None
 
     def __call__(self, x: Fields) -> Array:
-        flat = torch.cat([v.reshape(len(v), -1) for v in self._standardise(_tensors(x)).values()], dim=1).double().numpy()
+        flat = torch.cat([v.reshape(len(v), -1) for v in self._standardise(tensors(x)).values()], dim=1).double().numpy()
         return flat if self._project is None else flat @ self._project
 
 
-def _tensors(x: Fields) -> dict[str, torch.Tensor]:
-    return {k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in x.items()}
-
-
-def held_out_figures(
-    posterior: Posterior, pairs: Pairs, training: Pairs, draws: int, seed: int, progress: Progress = silent
-) -> HeldOutFigures:
-    """Measure coverage and information.
-
-    pairs: held-out (theta in R^D, x), P of them. training: other rows of the same bank, for the references. draws: L.
-    """
-    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(seed, spawn_key=(0x6A7E,)).spawn(4)]
+def held_out_figures(examined: Examined, draws: int) -> HeldOutFigures:
+    """Measure coverage and information by so many draws a pair, L."""
+    posterior, pairs, training = examined.posterior, examined.pairs, examined.training
+    streams = [np.random.default_rng(s) for s in examined.stream(0x6A7E).spawn(4)]
     features = Features(posterior, training["x"], streams[0])
     references = References.fit(features(training["x"]), np.asarray(training["theta"], float), streams[0])
-    truth = np.asarray(pairs["theta"], float)
+    truth = examined.truth
     reference = references.draw(features(pairs["x"]), streams[1])
     count, dim = truth.shape
     chunk = max(1, min(CHUNK_NUMBERS // (draws * dim), -(-count // LEAST_CHUNKS)))
     all_ranks, log_q, variances = np.empty((count, 1 + dim)), np.empty(count), np.empty((count, dim))
-    with progress.task("gate", count) as advance:
+    with examined.progress.task("gate", count) as advance:
         for k, a in enumerate(range(0, count, chunk)):
             part = slice(a, min(a + chunk, count))
             x = {name: v[part] for name, v in pairs["x"].items()}
-            z = posterior.unconstrained_sample(x, draws, int(np.random.SeedSequence(seed, spawn_key=(0xD3, k)).generate_state(1)[0]))
+            z = posterior.unconstrained_sample(x, draws, int(examined.stream(0xD3, k).generate_state(1)[0]))
             all_ranks[part, 0] = tarp_ranks(z, truth[part], reference[part], references.residual, streams[2])
             all_ranks[part, 1:] = sbc_ranks(z, truth[part], streams[2])
             log_q[part] = posterior.unconstrained_log_prob(truth[part, None], x)[:, 0]

@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 
 from sbiplat import files
 from sbiplat.errors import ObservationError, SettingError, SimulatorError, Uncertified, UserError
-from sbiplat.gate.certificate import Certificate, load
+from sbiplat.gate.certificate import Certificate
 from sbiplat.gate.criteria import Criteria
+from sbiplat.gate.door import load
 from sbiplat.nets import embeddings
 from sbiplat.observation import Fields, ObservationSpec, read_observation
 from sbiplat.prior import Prior

@@ -7,8 +7,10 @@ import pytest
 
 import sbiplat as sp
 from sbiplat.diagnostics.coverage import coverage, holm, ranks, uniformity_p_value
+from sbiplat.diagnostics.examined import Examined
 from sbiplat.diagnostics.held_out import held_out_figures
-from sbiplat.gate.criteria import Criteria, decide
+from sbiplat.gate.calibration import decide
+from sbiplat.gate.criteria import Criteria
 from sbiplat.observation import ObservationSpec
 from sbiplat.posteriors.base import Posterior
 
@@ -48,7 +50,7 @@ def pairs(rng, n):
 def verdicts(sampler, seed, n=1000):
     rng = np.random.default_rng([seed, 1])
     posterior = Posterior(PRIOR, ObservationSpec.declare((DIM,)), sampler)
-    return decide(held_out_figures(posterior, pairs(rng, n), pairs(rng, 5000), 1000, seed), Criteria())
+    return decide(held_out_figures(Examined(posterior, pairs(rng, n), pairs(rng, 5000), seed), 1000), Criteria())
 
 
 def refused(sampler, seed):
@@ -135,7 +137,7 @@ def test_thresholds_decide():
     strict = replace(Criteria(), information=50.0)
     rng = np.random.default_rng(0)
     posterior = Posterior(PRIOR, ObservationSpec.declare((DIM,)), GaussianSampler())
-    figures = held_out_figures(posterior, pairs(rng, 300), pairs(rng, 3000), 600, 0)
+    figures = held_out_figures(Examined(posterior, pairs(rng, 300), pairs(rng, 3000), 0), 600)
     assert [v.name for v in decide(figures, strict) if not v.passed] == ["information"]
 
 

@@ -1,0 +1,45 @@
+"""What the gate examines a posterior with: it, held-out pairs, other rows of the same bank, and a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from sbiplat.bank.stream import Pairs, take
+from sbiplat.observation import Fields
+from sbiplat.posteriors.base import Posterior
+from sbiplat.progress import Progress, silent
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """pairs: held-out (theta in R^D, x), which training never saw. training: other rows of the bank, for scales and references."""
+
+    posterior: Posterior
+    pairs: Pairs
+    training: Pairs
+    seed: int
+    progress: Progress = silent
+
+    @property
+    def truth(self) -> Array:
+        """Held-out theta in R^D, (P, D)."""
+        return np.asarray(self.pairs["theta"], float)
+
+    def first(self, pairs: int) -> Examined:
+        """The same with the first so many pairs."""
+        return Examined(self.posterior, take(self.pairs, slice(pairs)), self.training, self.seed, self.progress)
+
+    def stream(self, *key: int) -> np.random.SeedSequence:
+        """A stream of random numbers of a diagnostic's own, named by numbers."""
+        return np.random.SeedSequence(self.seed, spawn_key=key)
+
+
+def tensors(x: Fields) -> dict[str, torch.Tensor]:
+    """x as torch takes it."""
+    return {k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in x.items()}

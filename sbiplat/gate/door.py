@@ -1,0 +1,33 @@
+"""The door: the posterior of a run, opened only where its certificate says passed, is unaltered, and was given to these very weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sbiplat.errors import Uncertified
+from sbiplat.gate.certificate import Certificate
+from sbiplat.nets import embeddings
+from sbiplat.posteriors.base import Posterior
+from sbiplat.posteriors.of_run import from_run
+from sbiplat.runs import Run
+
+
+def load(
+    run: str | Path | Run, *, allow_uncertified: bool = False, embedding: Any = None, device: str = "cpu",
+) -> Posterior:
+    """The posterior of a certified run; raises Uncertified with the reason and the mend where its certificate does not hold.
+
+    embedding: the user's own class (or 'file.py:Class') where the run was trained with one, since loading a run never
+    runs code that the run names. allow_uncertified: for looking into a refused posterior; its draws say so.
+    """
+    if embedding is not None:
+        embeddings.register(embedding)
+    run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
+    try:
+        certificate = Certificate.read(run).require(run)
+    except Uncertified as reason:
+        if not allow_uncertified:
+            raise
+        return from_run(run, device, certified="no", refusal=str(reason))
+    return from_run(run, device, certified="yes", certificate=certificate.sha256, own_thresholds=certificate.own_thresholds or None)
