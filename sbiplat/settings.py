@@ -24,9 +24,10 @@ from sbiplat.errors import SettingError
 S = TypeVar("S")
 
 
-def setting(default: Any, about: str, *, low: float = -math.inf, high: float = math.inf, among: Sequence[str] = ()) -> Any:
-    """A dataclass field with its documentation and range."""
-    return field(default=default, metadata={"about": about, "low": low, "high": high, "among": tuple(among)})
+def setting(default: Any, about: str, *, low: float = -math.inf, high: float = math.inf, among: Sequence[str] = (),
+            fewest: int = 0) -> Any:
+    """A dataclass field with its documentation and range; fewest: of a list, how many it must have."""
+    return field(default=default, metadata={"about": about, "low": low, "high": high, "among": tuple(among), "fewest": fewest})
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
     wrong = SettingError(f"{name} = {value!r}: expected {_kind_name(kind)}" + _range(about))
     if origin is tuple:
         whole = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        if not whole or not all(about["low"] <= v <= about["high"] for v in value):
+        if not whole or len(value) < about["fewest"] or not all(about["low"] <= v <= about["high"] for v in value):
             raise wrong
         return tuple(value)
     if origin is dict:
@@ -147,9 +148,10 @@ def _range(about: Mapping[str, Any]) -> str:
     if about["among"]:
         return f", one of {', '.join(about['among'])}"
     low, high = about["low"], about["high"]
+    some = f", {about['fewest']} or more of them," if about["fewest"] else ""
     if math.isinf(low) and math.isinf(high):
         return ""
-    return f" between {low:g} and {high:g}" if not math.isinf(high) else f" of at least {low:g}"
+    return some + (f" between {low:g} and {high:g}" if not math.isinf(high) else f" of at least {low:g}")
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ class Oven:
     minutes: int = setting(30, "time", low=1)
     rack: str = setting("middle", "where", among=("top", "middle"))
     fan: bool = setting(False, "whether it blows")
-    trays: tuple[int, ...] = setting((1,), "which", low=0)
+    trays: tuple[int, ...] = setting((1,), "which", low=0, fewest=1)
     timer: int | None = setting(None, "when to ring", low=1)
 
 
@@ -38,6 +38,7 @@ def test_settings_are_filled_by_name():
     ({"rack": "floor"}, "expected text, one of top, middle"), ({"rack": 1}, "expected text"),
     ({"fan": "yes"}, "expected true or false"),
     ({"trays": [1.5]}, "expected a list of whole numbers"), ({"trays": 3}, "list"), ({"trays": [-1]}, "list"),
+    ({"trays": []}, "a list of whole numbers, 1 or more of them, of at least 0"),
     ({"timer": 0}, "at least 1"),
 ])
 def test_an_impossible_value_says_what_was_expected(values, why):

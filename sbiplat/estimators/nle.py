@@ -33,7 +33,7 @@ class NLESettings(TractableSettings):
 
     flow: str = setting("maf", "the conditional density of x", among=tuple(f for f in flows.FLOWS if f != "cnf"))  # chains ask too often
     transforms: int = setting(3, "transforms of the flow", low=1, high=64)
-    hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536)
+    hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536, fewest=1)
     bins: int = setting(8, "bins of a spline flow", low=2, high=256)
     activation: str = setting("silu", "activation of every net", among=tuple(embeddings.ACTIVATIONS))
     context_hidden: tuple[int, ...] = setting(
@@ -59,11 +59,10 @@ class NLE(Tractable):
         self.register_buffer("varies", torch.ones(size, dtype=torch.bool))
         self.register_buffer("whole", torch.zeros(size, dtype=torch.bool))  # whole-numbered features
         settings = self.settings
-        hidden = settings.hidden or (64,)
         self.of_theta = _mlp(self.dim, settings.context_hidden, settings.context, settings.activation)
         self.of_x = _mlp(size, settings.context_hidden, settings.context, settings.activation)
-        self.likelihood = flows.build(settings.flow, size, settings.context,
-                                      flows.Shape(settings.transforms, hidden, settings.bins, settings.components, settings.activation))
+        shape = flows.Shape(settings.transforms, settings.hidden, settings.bins, settings.components, settings.activation)
+        self.likelihood = flows.build(settings.flow, size, settings.context, shape)
         self.proposal = self.proposal_of(settings.context)
 
     def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ class NPESettings(ConditionedSettings):
 
     flow: str = setting("nsf", "the conditional density", among=tuple(flows.FLOWS))
     transforms: int = setting(3, "transforms of the flow", low=1, high=64)
-    hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536)
+    hidden: tuple[int, ...] = setting((64, 64), "widths of each transform's hidden layers", low=1, high=65536, fewest=1)
     bins: int = setting(8, "bins of a spline flow; a quarter of the degree of Bernstein polynomials", low=2, high=256)
     components: int = setting(8, "components of the mixture of Gaussians", low=1, high=1024)
     ode_steps: int = setting(
@@ -44,7 +44,7 @@ class NPE(Conditioned):
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
         settings = self.settings
-        shape = flows.Shape(settings.transforms, settings.hidden or (64,), settings.bins, settings.components, settings.activation,
+        shape = flows.Shape(settings.transforms, settings.hidden, settings.bins, settings.components, settings.activation,
                             settings.ode_steps, settings.trace)
         self.density = flows.build(settings.flow, self.dim, self.width, shape)
 

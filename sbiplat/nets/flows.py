@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sbiplat.errors import SettingError
 from sbiplat.nets.embeddings import ACTIVATIONS
 from sbiplat.nets.made import MaskedInverse
 
@@ -213,6 +214,9 @@ def _nflows(family: str) -> Callable[..., ConditionalDensity]:
             MaskedPiecewiseRationalQuadraticAutoregressiveTransform,
         )
 
+        if len(set(shape.hidden)) > 1:
+            raise SettingError(f"hidden = {list(shape.hidden)}: the flows of nflows have hidden layers of one width; give one, such as "
+                               f"{[shape.hidden[0]] * len(shape.hidden)}")
         common = {"features": dim, "hidden_features": shape.hidden[0], "context_features": context, "num_blocks": len(shape.hidden),
                   "activation": ACTIVATIONS[shape.activation]()}
         spline = {"num_bins": shape.bins, "tails": "linear", "tail_bound": 5.0}

@@ -31,6 +31,7 @@ from sbiplat.runs import Run
 PASS_BYTES = 2**26
 SCALE_ROWS = 20_000
 LEAST_ROWS = 100
+MANY_NUMBERS = 20  # of x, among which distances say little
 RIDGE = 1e-3
 Array = NDArray[np.float64]
 
@@ -142,6 +143,9 @@ def nearest(bank: Bank | str | Path, *, keep: float = 0.01, adjust: bool = True,
                                "give a run of this bank's simulator")
         contexts = Contexts(estimator)
     refusal = "draws of the bank's nearest rows: an approximation that no gate has tested"
+    if contexts is None and bank.header.x.size > MANY_NUMBERS:
+        refusal += (f"; nearest in all {bank.header.x.size} numbers of x, of which most may say little: the contexts of a trained run are "
+                    "better summaries (summaries=RUN, or --summaries RUN)")
     return Posterior(bank.header.prior, bank.header.x, NearestSampler(bank, rows, adjust, contexts),
                      {"bank_digest": bank.digest, "certified": "no", "refusal": refusal,
                       "weights_digest": summaries.weights_digest if isinstance(summaries, Run) else None})

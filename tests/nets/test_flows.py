@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sbiplat.errors import SettingError
 from sbiplat.nets import flows
 from sbiplat.nets.made import MaskedInverse
 from sbiplat.nets.standardise import Standardise, robust_scale, soft_clip
@@ -18,6 +19,11 @@ def made(name, dim, context=3, seed=0):
             for p in density.parameters():
                 p.add_(0.05 * torch.randn_like(p))
     return density
+
+
+def test_nflows_refuses_hidden_layers_of_several_widths():
+    with pytest.raises(SettingError, match=r"hidden = \[16, 32\].*of one width; give one, such as \[16, 16\]"):
+        flows.build("nflows_maf", 2, 3, flows.Shape(2, (16, 32), 6, 3, "silu"))
 
 
 @pytest.mark.parametrize("dim", [1, 2])

@@ -73,6 +73,15 @@ def test_no_density_no_certificate_and_mistakes_in_one_line(line_bank, tmp_path)
     assert made.returncode == 2
 
 
+def test_many_numbers_of_x_without_summaries_are_told(tmp_path):
+    @sp.simulator(prior=sp.Prior({"a": sp.Normal(0.0, 1.0)}), x_shape=(30,), name="wide_line", batched=True)
+    def wide(theta, rng):
+        return theta + rng.standard_normal((len(theta), 30))
+
+    bank = sp.simulate(wide, 200, 1, tmp_path / "bank", workers=1, progress=silent)
+    assert "nearest in all 30 numbers of x" in sp.nearest(bank).provenance["refusal"]
+
+
 def test_figures_of_a_batch_are_the_worst_of_it_and_foreign_summaries_are_refused(line_bank, line_run, tmp_path):
     far, near = [30.0, 30.0], [0.0, 0.0]
     posterior = sp.nearest(line_bank)
