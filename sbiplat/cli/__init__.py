@@ -232,6 +232,25 @@ def _verdict_lines(certificate: Any) -> list[str]:
     return [*lines, f"{certificate.run_path}: {verdict}; certificate {certificate.sha256}"]
 
 
+@app.command("learning-curve", epilog="Example: sbiplat learning-curve moons.run")
+def learning_curve(
+    run: RunPath,
+    bank: Annotated[Path | None, typer.Option(help="The bank, where it has been moved.")] = None,
+    embedding: Embedding = None,
+    simulator: Signals = None,
+    as_json: Json = False,
+) -> None:
+    """Say how many simulations would do: train again on a quarter and a half of the bank; resumes."""
+    from sbiplat.gate.learning import learning_curve as measure
+    from sbiplat.nets.embeddings import register
+
+    if embedding:
+        register(embedding)
+    curve = measure(run, bank=bank, simulator=simulator)
+    lines = [f"{rows:>12,} rows  {value:.4f} nats" for rows, value in zip(curve.rows, curve.log_density, strict=True)]
+    show(as_json, {**asdict(curve), "statement": curve.statement}, "\n".join([*lines, f"{run}: {curve.statement}"]))
+
+
 # -------------------------------------------------------------------------------------------------- use and report
 
 
@@ -341,7 +360,7 @@ def main() -> NoReturn:
 
 
 _STOPPED = "stopped; what was committed is kept, and the same command goes on from there"
-_RESUME = ("simulate", "train", "run", "bank")
+_RESUME = ("simulate", "train", "learning-curve", "run", "bank")
 
 
 def _stopped(arguments: list[str]) -> str:
@@ -374,7 +393,7 @@ def _prepare_streams() -> None:
 
 
 _COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "plot", "query", "train", "gate",
-             "sample", "report", "run")
+             "learning-curve", "sample", "report", "run")
 
 
 def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:

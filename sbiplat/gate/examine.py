@@ -55,7 +55,7 @@ def gate(
     if observe:
         some = take(pairs, slice(8))
         check_observe(observe, some["x"], some["parameters"])
-        pairs, training = (_observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
+        pairs, training = (observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
     examined = Examined(from_run(run, device), pairs, training, seed, progress)
     parts = [examine(examined, criteria) for examine in PARTS]
     certificate = _certify(run, source, criteria, parts, seed, time.monotonic() - start)
@@ -76,7 +76,7 @@ def _pairs(run: Run, bank: Bank, most: int, seed: int) -> tuple[dict[str, Any], 
     return take(pairs_at(bank, apart.held_out), slice(most)), pairs_at(bank, rows)
 
 
-def _observed(observe: Observe, pairs: dict[str, Any], seed: int, part: int) -> dict[str, Any]:
+def observed(observe: Observe, pairs: dict[str, Any], seed: int, part: int) -> dict[str, Any]:
     """Pairs with one draw of x each, fixed by the gate's seed, in place of signals."""
     size = 1000
     drawn = []
