@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sbiplat.gate.door import load
     from sbiplat.gate.examine import gate
     from sbiplat.gate.learning import learning_curve
+    from sbiplat.gate.recalibrate import recalibrate
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
     from sbiplat.posteriors.from_sbi import from_sbi
@@ -47,6 +48,7 @@ _HOMES = {
     "sbiplat.gate.door": ("load",),
     "sbiplat.gate.examine": ("gate",),
     "sbiplat.gate.learning": ("learning_curve",),
+    "sbiplat.gate.recalibrate": ("recalibrate",),
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
     "sbiplat.posteriors.from_sbi": ("from_sbi",),
@@ -65,7 +67,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
     "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "from_sbi",
-    "gate", "learning_curve", "load", "nearest", "pairs", "read_observation", "report", "simulate", "simulator", "train", "tune",
+    "gate", "learning_curve", "load", "nearest", "pairs", "read_observation", "recalibrate", "report", "simulate", "simulator", "train",
+    "tune",
 ]
 
 

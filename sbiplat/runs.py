@@ -130,7 +130,13 @@ class Run:
         training = {k: v for k, v in self.record["training"].items() if k not in PRACTICAL}
         parts = {k: self.record[k] for k in ("architecture", "prior", "seed", "split")}
         observe = self.record.get("observe_source")
-        return files.digest_of({**parts, "training": training, "embedding_code": code, "observe_code": observe})
+        recalibration = {"recalibration": self.recalibration} if self.recalibration is not None else {}
+        return files.digest_of({**parts, "training": training, "embedding_code": code, "observe_code": observe, **recalibration})
+
+    @property
+    def recalibration(self) -> Mapping[str, Any] | None:
+        """The maps that recalibrate its draws (see `posteriors.recalibrated`), None where there are none."""
+        return self.record.get("recalibration")
 
     @property
     def bank_digest(self) -> str:

@@ -251,6 +251,25 @@ def learning_curve(
     show(as_json, {**asdict(curve), "statement": curve.statement}, "\n".join([*lines, f"{run}: {curve.statement}"]))
 
 
+@app.command(epilog="Example: sbiplat recalibrate moons.run --out moons-recalibrated.run")
+def recalibrate(
+    run: RunPath,
+    out: Annotated[Path, typer.Option(help="The new run's directory.")],
+    bank: Annotated[Path | None, typer.Option(help="The bank, where it has been moved.")] = None,
+    embedding: Embedding = None,
+    simulator: Signals = None,
+    as_json: Json = False,
+) -> None:
+    """Make a run whose draws are stretched until its validation rows get uniform ranks; gate it like any other."""
+    from sbiplat.gate.recalibrate import recalibrate as make
+    from sbiplat.nets.embeddings import register
+
+    if embedding:
+        register(embedding)
+    made = make(run, out=out, bank=bank, simulator=simulator)
+    show(as_json, {"run": str(out), "pairs": made.record["recalibration"]["pairs"]}, f"{out}: recalibrated; next: sbiplat gate {out}")
+
+
 # -------------------------------------------------------------------------------------------------- use and report
 
 
@@ -393,7 +412,7 @@ def _prepare_streams() -> None:
 
 
 _COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "plot", "query", "train", "gate",
-             "learning-curve", "sample", "report", "run")
+             "learning-curve", "recalibrate", "sample", "report", "run")
 
 
 def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:

@@ -9,6 +9,7 @@ from sbiplat.estimators.base import Estimator
 from sbiplat.estimators.ensemble import Ensemble
 from sbiplat.posteriors.base import Posterior, Sampler
 from sbiplat.posteriors.ensemble import EnsembleSampler
+from sbiplat.posteriors.recalibrated import Maps, RecalibratedSampler
 from sbiplat.runs import Run
 
 SAMPLERS = {
@@ -22,7 +23,9 @@ SAMPLERS = {
 def from_run(run: Run, device: str = "cpu", **provenance: Any) -> Posterior:
     """The posterior of a finished run, whether or not it is certified: `sbiplat.load` is the door for users."""
     run.require_finished()
-    sampler = _sampler(run.estimator(device), run, device)
+    sampler: Sampler = _sampler(run.estimator(device), run, device)
+    if run.recalibration is not None:
+        sampler = RecalibratedSampler(sampler, Maps.from_json(run.recalibration, run.prior.dim))
     return Posterior(run.prior, run.x, sampler, {"run": str(run.path), "weights_digest": run.weights_digest,
                                                  "bank_digest": run.bank_digest, **provenance})
 
