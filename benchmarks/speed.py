@@ -44,6 +44,7 @@ from sbiplat.simulator import resolve
 TASKS = ("two_moons", "slcp", "gaussian_linear")
 EXACT = ("two_moons", "gaussian_linear")  # those with an exact sampler
 TRAINED = {"ours": None, "sbi maf (its default)": "maf", "sbi nsf": "nsf"}
+OURS = {"ours": {}, "ours, memory_mb = 32": {"memory_mb": 32}}  # the latter streams what does not fit
 STEPS = (4, 6, 8)  # of our solvers, below their default
 PARTS = ("training", "samplers", "memory")
 FIGURES = "figures: "
@@ -200,11 +201,11 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
     """Two epochs of a default npe: peak RSS above that before the bank was opened, and seconds of the second epoch."""
     import torch
 
-    if job["tool"] == "ours":
+    if job["tool"] in OURS:
         import sbiplat.training.trainer  # noqa: F401 - before the first reading
 
         before = peak()
-        run = sp.train(job["bank"], "npe", out="run", seed=0, threads=job["threads"], max_epochs=2, progress=silent)
+        run = sp.train(job["bank"], "npe", out="run", seed=0, threads=job["threads"], max_epochs=2, progress=silent, **OURS[job["tool"]])
         first, second = (m["seconds"] for m in run.metrics())
         return {"rss_mb": peak() - before, "epoch_seconds": second - first}
     from sbi.inference import NPE
@@ -277,8 +278,8 @@ def measure(cells: Cells, banks: Banks, args: argparse.Namespace, budget: dict[s
                                  estimator=estimator, tool=tool, threads=threads, seed=seed, score=threads == args.threads[0])
         if "memory" in args.parts:
             for rows in args.sizes:
-                for tool in ("ours", "sbi"):
-                    if tool == "ours" or rows <= budget["sbi_most"]:
+                for tool in (*OURS, "sbi"):
+                    if tool in OURS or rows <= budget["sbi_most"]:
                         cell(f"memory; {rows}; {tool}; {seed}", "two_moons", rows, kind="memory", tool=tool, threads=1)
 
 
@@ -360,8 +361,8 @@ def _way(found: list[dict[str, Any]], way: str) -> tuple[float | None, float | N
 def memory_table(cells: Cells, args: argparse.Namespace, budget: dict[str, Any]) -> None:
     rows = []
     for size in args.sizes:
-        for tool in ("ours", "sbi"):
-            if tool == "ours" or size <= budget["sbi_most"]:
+        for tool in (*OURS, "sbi"):
+            if tool in OURS or size <= budget["sbi_most"]:
                 found = there(cells, args, f"memory; {size}; {tool}")
                 if not found:
                     continue
