@@ -128,14 +128,15 @@ class DiffusionSampler(Contexts):
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> NDArray[np.float64]:
         contexts, values = self.contexts(x), torch.as_tensor(z, device=self.device)
         conditions = self.estimator.field.conditions(contexts)
-        generator = torch.Generator(self.device).manual_seed(stream(0))
-        hutchinson = self.estimator.settings.trace == "hutchinson"
+        probes = None
+        if self.estimator.settings.trace == "hutchinson":  # the same for every row: no density depends on its place in a batch
+            generator = torch.Generator(self.device).manual_seed(stream(0))
+            probes = 2.0 * torch.randint(0, 2, (PROBES, 1, 1, self.estimator.dim), generator=generator, device=self.device) - 1
 
         def one_pass(rows: slice, draws: slice) -> Tensor:
             w = self.estimator.whiten(values[rows, draws], contexts[rows, None])
-            signs = torch.randint(0, 2, (PROBES, *w.shape), generator=generator, device=self.device) if hutchinson else None
-            log_p = log_density(
-                lambda z, t: self.estimator.velocity_back(z, t, conditions[rows]), w, None if signs is None else 2.0 * signs - 1)
+            log_p = log_density(lambda z, t: self.estimator.velocity_back(z, t, conditions[rows]), w,
+                                None if probes is None else probes.expand(PROBES, *w.shape))
             return (log_p + self.estimator.log_det).cpu()
 
         n = values.shape[1]

@@ -143,6 +143,9 @@ def test_the_gaussian_posterior_is_found(name, settings, line_bank, tmp_path):
         theta = mean + sd * np.array([[0.0, 0.0], [1.0, 0.0], [0.0, -1.0]])
         exact = stats.norm(mean, sd).logpdf(theta).sum(1)
         np.testing.assert_allclose(posterior.log_prob(theta, np.array(x)), exact, atol=0.3)
+    if "trace" in settings:
+        same = posterior.log_prob(np.tile(theta[:1, None], (3, 2, 1)), np.zeros((3, 2)))
+        np.testing.assert_allclose(same, same[0, 0], atol=1e-4, err_msg="a density must not depend on its place in a batch")
     if not settings:
         assert sp.gate(run, progress=silent).passed
         batch = np.zeros((3, 2))
