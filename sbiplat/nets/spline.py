@@ -8,8 +8,8 @@ derivatives :math:`d_0, d_1` at its ends,
 and y = x outside. Of the net's parameters, each drawn towards zero by :math:`u \to u / (1 + |u| / r)`, widths and heights are softmaxes
 and derivatives exponentials; those at the ends are 1. This is the map of `zuko.transforms.MonotonicRQSTransform`, parameter by parameter,
 and `tests/nets/test_spline.py` holds it against that. What differs is the order of the work. Bins lie on the first axis, so that every
-operation of an inverse runs along contiguous rows (torch's softmax over 8 numbers that lie side by side took a third of the time); sums stay unnormalised until a
-bin's ends have been picked; and of the derivatives only those at these ends are made.
+operation of an inverse runs along contiguous rows (torch's softmax over 8 numbers that lie side by side took a third of the time);
+sums stay unnormalised until a bin's ends have been picked; and of the derivatives only those at these ends are made.
 """
 
 from __future__ import annotations
