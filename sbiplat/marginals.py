@@ -129,8 +129,8 @@ class Uniform(Marginal):
         return _normal_quantile((theta - self.low) / width, (self.high - theta) / width)
 
     def _quantile(self, z: Array) -> Array:
-        width = self.high - self.low
-        return np.where(z < 0, self.low + width * special.ndtr(z), self.high - width * special.ndtr(-z))
+        tail = (self.high - self.low) * special.ndtr(-np.abs(z))
+        return np.where(z < 0, self.low + tail, self.high - tail)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sbiplat.errors import SettingError
 from sbiplat.nets.embeddings import ACTIVATIONS
 from sbiplat.nets.made import MaskedInverse
+from sbiplat.nets.spline import Spline, shapes
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -122,12 +123,12 @@ class ZukoFlow(ConditionalDensity):
         return self.flow(context).log_prob(z)
 
     def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        z = torch.randn(len(context), n, self.dim, generator=generator, device=context.device)
+        z = torch.randn(self.dim, len(context), n, generator=generator, device=context.device)
         if self.dim == 1:
-            return self.flow(context[:, None].expand(-1, n, -1)).transform.inv(z)
+            return self.flow(context[:, None].expand(-1, n, -1)).transform.inv(z.movedim(0, -1))
         for transform in reversed(self.flow.transform.transforms):
             z = MaskedInverse(transform)(z, context)
-        return z
+        return z.movedim(0, -1)
 
 
 class NflowsFlow(ConditionalDensity):
@@ -190,8 +191,8 @@ def _zuko(family: str, passes: int | None = None) -> Callable[..., ConditionalDe
         settings = {"transforms": shape.transforms, "hidden_features": shape.hidden, "activation": ACTIVATIONS[shape.activation]}
         if passes is not None and dim > 1:
             settings |= {"passes": passes, "randperm": dim > 2}
-        if family == "NSF":
-            settings["bins"] = shape.bins
+        if family == "NSF":  # zuko's own, but for the way in which splines are computed
+            return ZukoFlow(zuko.flows.MAF(dim, context, univariate=Spline, shapes=shapes(shape.bins), **settings), dim)
         if family == "BPF":
             settings["degree"] = 4 * shape.bins
         return ZukoFlow(getattr(zuko.flows, family)(dim, context, **settings), dim)

@@ -2,18 +2,39 @@ r"""The inverse of a masked autoregressive transform at the cost of one forward 
 
 Inverting :math:`y_i = f(x_i; \phi_i(x_{<i}, c))` takes x one coordinate after the other. The plain way evaluates the whole
 masked net once for each. But a masked unit depends on the coordinates up to its level and on no later one, so each
-unit can be evaluated once, when the coordinates of its level are known: all steps together then cost one pass, the
-context's share of the first layer is computed once for all draws of an observation, and only the coordinate in turn
-goes through its univariate inverse. Units are kept in the order of their levels, so that a step reads and writes
-contiguous columns.
+unit can be evaluated once, when the coordinates of its level are known: all steps together then cost one pass, and only the
+coordinate in turn goes through its univariate inverse. Units of level 0 depend on the context alone: they, what they add to later
+layers, and the parameters of the first coordinate are computed once for all draws of an observation.
+
+Units and coordinates are rows, in the order of their levels, and draws are columns: a step reads and writes contiguous memory.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from zuko.utils import unpack
+
+
+class Layer:
+    """A masked layer with its units, and those that it reads, in the order of levels; `known[s]` units are known at step s.
+
+    total = inner w v + (outer w v_0 + bias), with v_0 (., B) what is the same for all draws of an observation, and v (., B, n) the rest.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, outer: int, level: Tensor, steps: int) -> None:
+        self.outer, self.inner, self.bias = weight[:, :outer], weight[:, outer:].contiguous(), bias[:, None]
+        self.known = _counts(level, steps)
+
+    def constant(self, values: Tensor) -> Tensor:
+        """(units, B), from values (outer, B)."""
+        return torch.addmm(self.bias, self.outer, values)
+
+    def total(self, step: int, values: Tensor, constant: Tensor) -> Tensor:
+        """Of this step's units, (., B, n), from the values (., B, n) that are known."""
+        low, high = self.known[step], self.known[step + 1]
+        out = (self.inner[low:high, :len(values)] @ values.flatten(1)).view(-1, *values.shape[1:])
+        return out.add_(constant[low:high, :, None])
 
 
 class MaskedInverse:
@@ -21,56 +42,56 @@ class MaskedInverse:
 
     def __init__(self, transform: nn.Module) -> None:
         self.transform = transform
-        layers = list(transform.hyper)
-        self.activations = layers[1::2]
-        order, dim = transform.order, len(transform.order)
-        self.count = int(order.max()) + 1
-        # The coordinates, and then each layer's units, by the step at which they are known.
+        linear = list(transform.hyper)
+        self.activations = linear[1::2]
+        order, dim, each = transform.order, len(transform.order), transform.total
+        self.steps = int(order.max()) + 1
         self.coordinates = torch.argsort(order, stable=True)
-        self.known = [torch.searchsorted(order[self.coordinates], torch.arange(self.count + 1, device=order.device)).tolist()]
-        self.weights: list[Tensor] = []
-        self.biases: list[Tensor] = []
-        level, columns = order + 1, self.coordinates  # a coordinate serves the step after its own
-        for depth, layer in enumerate(layers[0::2]):
-            weight, mask = layer.mask * layer.weight, layer.mask
-            if depth == 0:
-                self.context_weight, weight, mask = weight[:, dim:], weight[:, :dim], mask[:, :dim]
+        self.known = _counts(order[self.coordinates], self.steps)
+        self.layers: list[Layer] = []
+        # What a layer reads: of the context (level 0) and the coordinates, each of which serves the step after its own.
+        level = torch.cat([order.new_zeros(linear[0].in_features - dim), order[self.coordinates] + 1])
+        columns = torch.cat([torch.arange(dim, linear[0].in_features, device=order.device), self.coordinates])
+        for depth, layer in enumerate(linear[0::2]):
             if depth < len(self.activations):
-                needs = torch.where(mask, level, 0).amax(1)
+                needs = torch.where(layer.mask[:, columns], level, 0).amax(1)
                 rows = torch.argsort(needs, stable=True)
-            else:  # parameters of a coordinate, at its own step
-                needs = order.repeat_interleave(transform.total)
-                rows = (self.coordinates[:, None] * transform.total + torch.arange(transform.total, device=order.device)).flatten()
-            self.weights.append(weight[rows][:, columns])
-            self.biases.append(layer.bias[rows])
-            if depth == 0:
-                self.context_weight = self.context_weight[rows]
-            self.known.append(torch.searchsorted(needs[rows], torch.arange(self.count + 1, device=order.device)).tolist())
-            level, columns = needs, rows
+            else:  # a step's parameters by kind, so that each is contiguous over its coordinates
+                needs = order.repeat_interleave(each)
+                kind = torch.arange(each, device=order.device).repeat(dim)
+                rows = torch.argsort(needs * each + kind, stable=True)
+            weight = (layer.mask * layer.weight)[rows][:, columns]
+            self.layers.append(Layer(weight, layer.bias[rows], int((level == 0).sum()), needs[rows], self.steps))
+            level, columns = needs[rows], rows
 
     def __call__(self, y: Tensor, context: Tensor) -> Tensor:
-        """y (B, n, D) and one context an observation, (B, C): x (B, n, D)."""
-        batch, n, dim = y.shape
-        y = y.reshape(-1, dim)[:, self.coordinates]
+        """y (D, B, n) and one context an observation, (B, C): x (D, B, n)."""
+        y = y[self.coordinates]
         x = torch.empty_like(y)
-        values = [y.new_empty(len(y), len(bias)) for bias in self.biases[:-1]]
-        from_context = linear(context, self.context_weight, self.biases[0])
-        for step in range(self.count):
-            below, reach = x, self.known[0][step]  # the coordinates of earlier steps
-            for depth, activation in enumerate(self.activations):
-                low, high = self.known[depth + 1][step], self.known[depth + 1][step + 1]
-                if high > low:
-                    weight = self.weights[depth][low:high, :reach]
-                    if depth == 0:
-                        total = linear(below[:, :reach], weight).view(batch, n, -1) + from_context[:, None, low:high]
-                        total = total.view(len(y), -1)
-                    else:
-                        total = linear(below[:, :reach], weight, self.biases[depth][low:high])
-                    values[depth][:, low:high] = activation(total)
-                below, reach = values[depth], high
-            first, last = self.known[0][step], self.known[0][step + 1]
-            low, high = self.known[-1][step], self.known[-1][step + 1]
-            phi = linear(below[:, :reach], self.weights[-1][low:high, :reach], self.biases[-1][low:high])
-            univariate = self.transform.univariate(*unpack(phi.unflatten(1, (-1, self.transform.total)), self.transform.shapes))
-            x[:, first:last] = univariate.inv(y[:, first:last])
-        return x[:, torch.argsort(self.coordinates)].view(batch, n, dim)
+        *hidden, last = self.layers
+        constants, same = [], context.T
+        for layer, activation in zip(hidden, self.activations, strict=True):
+            constants.append(layer.constant(same))
+            same = activation(constants[-1][:layer.known[1]])
+        constants.append(last.constant(same))
+        values = [y.new_empty(layer.known[-1] - layer.known[1], *y.shape[1:]) for layer in hidden]
+        for step in range(self.steps):
+            if step:
+                reached = x[:self.known[step]]
+                for layer, activation, own, constant in zip(hidden, self.activations, values, constants, strict=False):
+                    first, low, high = layer.known[1], layer.known[step], layer.known[step + 1]
+                    if high > low:
+                        own[low - first:high - first] = activation(layer.total(step, reached, constant))
+                    reached = own[:high - first]
+                phi = last.total(step, reached, constants[-1])
+            else:
+                phi = constants[-1][:last.known[1], :, None]
+            now = slice(self.known[step], self.known[step + 1])
+            phi = phi.unflatten(0, (self.transform.total, -1)).movedim(0, -1)
+            x[now] = self.transform.univariate(*unpack(phi, self.transform.shapes)).inv(y[now])
+        return x[torch.argsort(self.coordinates)]
+
+
+def _counts(level: Tensor, steps: int) -> list[int]:
+    """How many of the sorted levels are below 0, 1, ..., steps."""
+    return torch.searchsorted(level, torch.arange(steps + 1, device=level.device)).tolist()
