@@ -71,9 +71,9 @@ class LearningCurve:
                 f"{TOLERANCE:g}")
 
     @property
-    def command(self) -> str:
-        """The number of rows to simulate next."""
-        return f"--n {min(self.enough or 4 * self.rows[-1], 16 * self.rows[-1])}"
+    def next_rows(self) -> int:
+        """How many rows to have next: enough, where that is known and within reach, else four times as many."""
+        return min(self.enough or 4 * self.rows[-1], 16 * self.rows[-1])
 
 
 def learning_curve(

@@ -40,7 +40,7 @@ def test_a_curve_without_an_end_says_so():
     curve = learning.of_three((1, 2, 4), np.array([[0.0] * 50, [1.0] * 50, [2.5] * 50]))
     assert curve.enough is None
     assert "no end is in sight" in curve.statement
-    assert curve.command == "--n 16"
+    assert curve.next_rows == 16
 
 
 def test_a_linear_gaussian_bank_is_large_enough_and_the_curve_stands_in_the_run(line_run, tmp_path):
