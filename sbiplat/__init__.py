@@ -64,8 +64,9 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
-    "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "from_sbi",
-    "gate", "load", "nearest", "pairs", "predictive_check", "read_observation", "report", "simulate", "simulator", "train", "tune",
+    "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator",
+    "from_sbi", "gate", "load", "nearest", "pairs", "predictive_check", "read_observation", "report", "simulate", "simulator", "train",
+    "tune",
 ]
 
 

@@ -4,11 +4,11 @@ Values are brought to :math:`u`, centred by the median, scaled by the interquart
 the scale. With the mean :math:`\mu` and the eigenvectors :math:`v_k` and eigenvalues :math:`\lambda_k` of the covariance of u, shrunk
 towards a multiple of the identity (Ledoit & Wolf, 2004),
 
-.. math:: d_M^2 = \sum_k \frac{(v_k^\top (u - \mu))^2}{\lambda_k}, \qquad d_N = \text{Euclidean distance of } u \text{ to its k-th nearest row}.
+.. math:: d_M^2 = \sum_k \frac{(v_k^\top (u - \mu))^2}{\lambda_k}, \qquad d_N = |u - u_{(5)}|,
 
-Of more than 256 values only the leading components are kept; what they leave has one variance, :math:`\lambda_{rest}`, a value
-(probabilistic principal components: Tipping & Bishop, 1999), and adds :math:`|u - \mu|_{rest}^2 / \lambda_{rest}`. Then :math:`d_N` is within
-the components alone.
+with :math:`u_{(5)}` the fifth nearest of up to 2000 rows. Of more than 256 values only the leading components are kept; what they leave
+has one variance a value (probabilistic principal components: Tipping & Bishop, 1999), by which its square is divided and added to
+:math:`d_M^2`. Then :math:`d_N` is within the components alone.
 """
 
 from __future__ import annotations
@@ -90,8 +90,10 @@ class Space:
         return np.concatenate(distances), np.concatenate(kept)
 
     def conditional(self, values: NDArray[np.floating]) -> Array | None:
-        r"""How many sd each value lies from what the others let expect, :math:`(P (u - \mu))_j / \sqrt{P_{jj}}` with the precision P: (B, F);
-        None where only leading components are kept."""
+        r"""How many sd each value lies from what the others let expect, :math:`(P (u - \mu))_j / \sqrt{P_{jj}}`, P the precision: (B, F).
+
+        None where only leading components are kept.
+        """
         if self.rest:
             return None
         found, _ = self.components(values)

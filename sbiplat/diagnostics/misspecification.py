@@ -27,7 +27,7 @@ from scipy import stats
 from sbiplat.diagnostics.distance import PASS_NUMBERS, Space, mmd_p_value
 from sbiplat.diagnostics.examined import Examined
 from sbiplat.nets.standardise import transform
-from sbiplat.observation import Fields, ObservationSpec
+from sbiplat.observation import Fields, ObservationSpec, feature_names, fields_of, flat
 
 Array = NDArray[np.float64]
 KINDS = ("mahalanobis", "nearest")
@@ -52,11 +52,6 @@ def contexts_of(sampler: Any, x: Fields) -> Array | None:
         return sampler.contexts(x).double().cpu().numpy()
 
 
-def flat(spec: ObservationSpec, x: Fields) -> NDArray[np.floating]:
-    """x as rows of numbers, (B, F)."""
-    return np.concatenate([np.asarray(x[name]).reshape(len(x[name]), -1) for name in spec.shapes], axis=1)
-
-
 def transformed(spec: ObservationSpec, values: NDArray[np.floating]) -> Array:
     """Rows of numbers (..., F) after the transforms that the simulator declares."""
     out, at = np.asarray(values, float).copy(), 0
@@ -66,23 +61,6 @@ def transformed(spec: ObservationSpec, values: NDArray[np.floating]) -> Array:
             part = torch.as_tensor(np.ascontiguousarray(values[..., at:at + size]))
             out[..., at:at + size] = transform(part, spec.transform[name]).double().numpy()
         at += size
-    return out
-
-
-def feature_names(spec: ObservationSpec, indices: NDArray[np.int64]) -> list[str]:
-    """Each feature as a person would name it: by label, by place along the axis, or by index."""
-    names, ends = list(spec.shapes), np.cumsum([int(np.prod(s, dtype=int)) for s in spec.shapes.values()])
-    out = []
-    for j in indices:
-        k = int(np.searchsorted(ends, j, side="right"))
-        shape = spec.shapes[names[k]]
-        place = [int(i) for i in np.unravel_index(int(j) - (int(ends[k - 1]) if k else 0), shape)] if shape else []
-        along = f" at {spec.axis[0]} = {spec.axis[1][place[0]]:.4g}" if place and len(spec.axis[1]) == shape[0] else ""
-        if spec.plain and spec.labels:
-            label, rest = spec.labels[place[-1]], place[:-1]
-        else:
-            label, rest = names[k], place
-        out.append(label + (f"[{', '.join(map(str, rest))}]" if rest else "") + along)
     return out
 
 
@@ -111,7 +89,7 @@ class Tails:
         return self.table[int(np.abs(self.ranks - round(share * (self.rows - 1))).argmin())]
 
     def p_values(self, values: NDArray[np.floating]) -> Array:
-        """Two-sided tail probability of each feature of (B, F) among the rows, at least 2 / (R + 1); rounded up between order statistics."""
+        """Two-sided tail probability of each feature of (B, F), at least 2 / (R + 1); rounded up between order statistics."""
         below, above = np.empty(values.shape, int), np.empty(values.shape, int)  # order statistics on each side
         if len(values) < values.shape[1]:
             for b, row in enumerate(values):
@@ -188,7 +166,7 @@ class Misspecification:
 
     @property
     def unusual(self) -> bool:
-        """Whether it is to be told of: one observation with p below the level; of a batch, more of them than chance makes, or a gross one."""
+        """Whether it is to be told of: one observation with p below the level; of a batch, more than chance makes, or a gross one."""
         return self.count > 0 and (self.chance < self.level or float(self.score.max()) > GROSS * self.farthest_held_out)
 
     def text(self) -> str:
@@ -269,7 +247,9 @@ class Reference:
         """The names of the distances."""
         return [f"{kind} {name}" for name in self.spaces for kind in KINDS] + [FARTHEST]
 
-    def measure(self, rows: NDArray[np.floating], values: Mapping[str, NDArray[np.floating]]) -> tuple[Array, dict[str, NDArray[np.float32]]]:
+    def measure(
+        self, rows: NDArray[np.floating], values: Mapping[str, NDArray[np.floating]],
+    ) -> tuple[Array, dict[str, NDArray[np.float32]]]:
         """(B, K) distances of x (B, F), which is `values` in each space; and its components in each."""
         columns, kept = [], {}
         for name, space in self.spaces.items():
@@ -336,8 +316,10 @@ def upper_p_values(values: Array, ordered: Array) -> Array:
 
 
 def chance_of(count: int, batch: int, held_out: int, level: float) -> float:
-    """The probability that at least `count` of a batch from the simulator have a p-value below the level: they share their held-out rows, so
-    it is beta-binomial, exactly where there are no ties."""
+    """The probability that at least `count` of a batch from the simulator have a p-value below the level.
+
+    They share their held-out rows, so the number is beta-binomial, exactly where there are no ties.
+    """
     within = int(np.ceil(level * (held_out + 1))) - 1  # the largest rank whose p-value is below the level
     if count == 0 or within < 1:
         return 1.0
@@ -384,16 +366,6 @@ def power(reference: Reference, examined: Examined, departure: float) -> Power:
         found.append(float((upper_p_values(reference._scores(distances), ordered) < reference.level).mean()))
     alarms = float((upper_p_values(tested, ordered) < reference.level).mean())
     return Power(float(stats.ks_2samp(tested, ordered).pvalue), alarms, *found)
-
-
-def fields_of(spec: ObservationSpec, rows: NDArray[np.floating]) -> Fields:
-    """Rows of numbers (B, F) as x by name; the inverse of `flat`."""
-    out, at = {}, 0
-    for name, shape in spec.shapes.items():
-        size = int(np.prod(shape, dtype=int))
-        out[name] = rows[:, at:at + size].reshape(len(rows), *shape).astype(spec.dtype)
-        at += size
-    return out
 
 
 def inverse(spec: ObservationSpec, values: Array) -> Array:

@@ -67,7 +67,7 @@ def watch_of(run: Run, certificate: Certificate, refuse: bool = False) -> Watch 
 
 
 def reference_from(arrays: Mapping[str, NDArray[Any]], figures: Mapping[str, Any], run: Run) -> Reference:
-    """The inverse of `misspecification.arrays_of`, every shape checked; raises ValueError, KeyError or TypeError where something is not as it was written."""
+    """The inverse of `misspecification.arrays_of`; raises ValueError, KeyError or TypeError where something is not as it was written."""
     def of(name: str, kinds: str, *shape: int) -> NDArray[Any]:
         found = arrays[f"{PREFIX}{name}"]
         fits = len(shape) == found.ndim and all(want in (-1, have) for want, have in zip(shape, found.shape, strict=True))
