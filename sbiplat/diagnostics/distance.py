@@ -25,7 +25,8 @@ from sbiplat.nets.standardise import robust_scale, soft_clip
 
 Array = NDArray[np.float64]
 MOST_WHOLE = 256  # values whose whole covariance is kept
-MOST_COMPONENTS, MOST_BASIS_ROWS, MOST_BASIS = 64, 1024, 2**22
+MOST_COMPONENTS, MOST_BASIS = 64, 2**22
+LEAST_BASIS_ROWS, MOST_BASIS_ROWS, MOST_BASIS_NUMBERS = 64, 1024, 2**24
 ROWS, NEIGHBOUR = 2000, 5
 PASS_NUMBERS = 2**22
 _LEAST = 1e-9  # of the mean variance
@@ -54,12 +55,14 @@ class Space:
         if size <= MOST_WHOLE:
             u = bare.scaled(values)
             mean = u.mean(0)
-            variances, basis = np.linalg.eigh(shrunk_covariance(u - mean))
+            u -= mean
+            variances, basis = np.linalg.eigh(shrunk_covariance(u))
             rest = 0.0
         else:
-            u = bare.scaled(values[chosen[:MOST_BASIS_ROWS]])
+            u = bare.scaled(values[chosen[:int(np.clip(MOST_BASIS_NUMBERS // size, LEAST_BASIS_ROWS, MOST_BASIS_ROWS))]])
             mean = u.mean(0)
-            variances, basis, rest = _leading(u - mean)
+            u -= mean
+            variances, basis, rest = _leading(u)
         variances = np.maximum(variances, _LEAST * max(float(variances.mean()), 1e-300))
         made = cls(loc, scale, mean, basis.astype(np.float32), variances, rest, np.zeros((0, 0), np.float32))
         parts = [made.components(values[rows])[0] for rows in _passes(chosen[:ROWS], size)]

@@ -186,8 +186,8 @@ def check_summaries(spec: ObservationSpec, x: Fields, simulated: Array, summarie
 
 def two_sided(simulated: Array, observed: float) -> float:
     """The two-sided p-value of one number among L others, ties counted half."""
-    u = ((simulated < observed).sum() + 0.5 * (simulated == observed).sum() + 0.5) / (len(simulated) + 1)
-    return float(2 * min(u, 1 - u))
+    below, ties = int((simulated < observed).sum()), int((simulated == observed).sum())
+    return (2 * min(below, len(simulated) - below - ties) + ties + 1) / (len(simulated) + 1)
 
 
 def summarise(spec: ObservationSpec, x: Fields, summaries: Summaries | None) -> tuple[list[str], Array]:

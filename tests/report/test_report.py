@@ -344,6 +344,26 @@ def _simulator(function: Any, batched: bool = False) -> sp.Simulator:
     return sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1)}), x_shape=(3,), name="predictive_test", batched=batched)(function)
 
 
+def test_the_page_says_whether_the_observation_is_of_the_simulator_s_kind(run: Path) -> None:
+    assert "below 0.05" not in page_of(run, X).text, "120 pairs calibrate no test at 1 %"
+    assert "misspecification: whether your observation is of the kind" in page_of(run, X).text
+    sp.gate(run, progress=silent, **{**LOOSE, "unlike": 0.05})
+    assert "sight" in page_of(run, X).ids
+    assert "Nothing speaks against it: p = " in page_of(run, X).text
+    odd = X.copy()
+    odd[3, 1] = 1e6
+    with pytest.warns(sp.Misspecified, match=re.escape("down[3] at time <u> = 3 = 1e+06")):
+        page = page_of(run, odd)
+    assert "down[3] at time <u> = 3 = 1e+06 is outside the range of all" in page.text
+
+
+def test_predictive_p_values_stand_under_the_figure(run: Path) -> None:
+    page = page_of(run, X, simulator=hostile, summaries={"<b>peak": np.max})
+    assert "checks" in page.ids
+    assert "<b>peak" in page.text
+    assert "sd of down" in page_of(run, X, simulator=hostile).text
+
+
 def test_simulations_that_fail_are_counted_and_left_out() -> None:
     def fragile(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if theta[0] > 1:
