@@ -30,13 +30,22 @@ def load(
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
     try:
         certificate = Certificate.read(run).require(run)
-        watch = watch_of(run, certificate, refuse_misspecified)
+        watch = _required(watch_of(run, certificate, refuse_misspecified), run, refuse_misspecified)
     except Uncertified as reason:
         if not allow_uncertified:
             raise
-        return replace(from_run(run, device, certified="no", refusal=str(reason)), watch=_watch_of_refused(run, refuse_misspecified))
+        watch = _required(_watch_of_refused(run, refuse_misspecified), run, refuse_misspecified)
+        return replace(from_run(run, device, certified="no", refusal=str(reason)), watch=watch)
     made = from_run(run, device, certified="yes", certificate=certificate.sha256, own_thresholds=certificate.own_thresholds or None)
     return replace(made, watch=watch)
+
+
+def _required(watch: Watch | None, run: Run, refuse: bool) -> Watch | None:
+    """A watch that is to refuse must be there."""
+    if refuse and watch is None:
+        raise Uncertified(f"no test of misspecification is calibrated for {run.path}, so none can refuse an observation; run `sbiplat gate "
+                          f"{run.path}` with at least 200 held-out pairs")
+    return watch
 
 
 def _watch_of_refused(run: Run, refuse: bool) -> Watch | None:

@@ -88,6 +88,9 @@ def reference_from(arrays: Mapping[str, NDArray[Any]], figures: Mapping[str, Any
     kinds = 2 * len(spaces) + 1
     made = Reference(run.x, spaces, Tails(ranks, of("table", "f", len(ranks), size), int(figures["rows"])), of("units", "f", kinds, 2),
                      of("held_out", "f", -1, kinds), kept, float(figures["level"]), int(figures["seed"]))
+    widths = [made.units[:, 1], *(v for s in spaces.values() for v in (s.scale, s.variances))]
+    if not all((v > 0).all() for v in widths) or not (np.diff(ranks) > 0).all() or not 0 <= ranks[0] <= ranks[-1] < made.tails.rows:
+        raise ValueError("its units or ranks are damaged")
     if not len(made.held_out) or not all(len(s.rows) for s in spaces.values()) or "x" not in spaces:
         raise ValueError("it has no rows")
     return made

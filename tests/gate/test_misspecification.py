@@ -362,7 +362,7 @@ def test_what_is_stored_gives_the_same_answers(line_run):
     assert one.mmd_p_value == two.mmd_p_value
 
 
-@pytest.mark.parametrize("harm", ["flip", "missing", "short", "object", "shape", "huge", "nan"])
+@pytest.mark.parametrize("harm", ["flip", "missing", "short", "object", "shape", "huge", "nan", "width", "rank"])
 def test_a_damaged_or_hostile_file_is_one_line(harm, line_run, tmp_path, monkeypatch):
     path = shutil.copytree(line_run.path, tmp_path / "run") / "diagnostics.npz"
     if harm == "missing":
@@ -375,6 +375,7 @@ def test_a_damaged_or_hostile_file_is_one_line(harm, line_run, tmp_path, monkeyp
         with np.load(path, allow_pickle=False) as archive:
             arrays = dict(archive)
         arrays |= {"object": {"misspecification_units": np.array([{}], dtype=object)}, "shape": {"misspecification_units": np.ones((1, 2))},
+                   "width": {"misspecification_x_scale": np.array([1.0, 0.0])}, "rank": {"misspecification_ranks": -arrays["misspecification_ranks"]},
                    "nan": {"misspecification_x_rows": np.full((9, 2), np.nan)}}.get(harm, {})
         np.savez_compressed(path, **arrays)
         if harm == "huge":
@@ -390,6 +391,8 @@ def test_a_damaged_or_hostile_file_is_one_line(harm, line_run, tmp_path, monkeyp
         sp.load(path.parent)
     assert "\n" not in str(error.value)
     assert sp.load(path.parent, allow_uncertified=True).watch is None
+    with pytest.raises(Uncertified, match="no test of misspecification is calibrated"):
+        sp.load(path.parent, allow_uncertified=True, refuse_misspecified=True)
 
 
 def test_a_refused_run_is_watched_too(line_bank, tmp_path):
