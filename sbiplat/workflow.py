@@ -300,8 +300,8 @@ class _Workflow:
 
     def _report(self, run: Run, certificate: Certificate, observation: Any, simulator: Simulator) -> None:
         target = self.out / "report.html"
-        key: dict[str, Any] = {"certificate": certificate.sha256, "version": __version__,
-               "observation": files.digest_file(self.folder / self.sample.observation) if self.sample else None}
+        observed = files.digest_file(self.folder / self.sample.observation) if self.sample else None
+        key: dict[str, Any] = {"certificate": certificate.sha256, "version": __version__, "observation": observed}
         if self.summaries:
             key["summaries"] = {name: source_digest(function) for name, function in self.summaries.items()}
         if target.exists() and self._remembered("report") == key:

@@ -70,7 +70,8 @@ class Space:
 
     def scaled(self, values: NDArray[np.floating]) -> Array:
         """u of values (B, F); what is not finite lies as far out as the clip goes."""
-        u = np.nan_to_num((np.asarray(values, float) - self.loc) / self.scale, nan=1e30, posinf=1e30, neginf=-1e30)
+        with np.errstate(over="ignore", invalid="ignore"):
+            u = np.nan_to_num((np.asarray(values, float) - self.loc) / self.scale, nan=1e30, posinf=1e30, neginf=-1e30)
         return soft_clip(torch.as_tensor(u)).numpy()
 
     def components(self, values: NDArray[np.floating]) -> tuple[Array, Array]:

@@ -37,6 +37,7 @@ SCALE_SHARE = 0.2  # of the rows of training, for the units of the distances
 MOST_LEVELS, LEAST_LEVELS, MOST_TABLE = 512, 9, 2**21
 TAIL = 1e-3
 BEYOND_CONSTANT = 10.0  # what a departure from a feature that no row varies counts, in widths of a tail
+FAR = 1e12
 GROSS = 2.0  # of a batch, one observation is told of where it lies so many times as far as the farthest held-out row
 MOST_NAMED, MOST_BATCH = 3, 500
 
@@ -111,7 +112,9 @@ class Tails:
         width = np.where(width > 0, width, np.where(t > middle, ends[1] - middle, middle - ends[0]))
         width = np.where(width > 0, width, ends[1] - ends[0])
         gap = np.abs(t - middle)
-        return np.where(width > 0, gap / np.where(width > 0, width, 1.0), np.where(gap > 0, BEYOND_CONSTANT, 0.0))
+        with np.errstate(over="ignore"):
+            units = np.minimum(gap / np.where(width > 0, width, 1.0), FAR)
+        return np.where(width > 0, units, np.where(gap > 0, BEYOND_CONSTANT, 0.0))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from sbiplat.gate.misspecification import NAME, PREFIX
 from sbiplat.observation import Fields
 from sbiplat.runs import Run
 
-MOST_BYTES = 2**28
+MOST_BYTES, MOST_BYTES_A_FEATURE = 2**28, 512
 
 
 class Watch:
@@ -56,7 +56,7 @@ def watch_of(run: Run, certificate: Certificate, refuse: bool = False) -> Watch 
             raise Uncertified(f"{path} is not the one of the certificate; {again}")
         with np.load(path, allow_pickle=False) as archive:
             wanted = [item for item in archive.zip.infolist() if item.filename.startswith(PREFIX)]
-            if sum(item.file_size for item in wanted) > MOST_BYTES:
+            if sum(item.file_size for item in wanted) > MOST_BYTES + MOST_BYTES_A_FEATURE * run.x.size:
                 raise ValueError("it is too large")
             arrays = {name: archive[name] for name in archive.files if name.startswith(PREFIX)}
         return Watch(reference_from(arrays, figures, run), refuse)

@@ -181,9 +181,13 @@ def test_a_departure_from_a_constant_and_a_number_beyond_all_are_found():
     off[0, 0] = 3.001
     assert look(reference, off).p_values[FARTHEST][0] < LEVEL
     assert "x[0] = 3.001 is outside the range of all 3000 rows (3 to 3)" in look(reference, off).text()
-    wild = ordinary.copy()
-    wild[0, 3] = 1e30
-    assert look(reference, wild).unusual
+    for value in (1e30, -1e308):
+        wild = ordinary.copy()
+        wild[0, 3] = value
+        with np.errstate(all="raise"):
+            found = reference.look({"x": wild}, XSampler())
+        assert found.unusual
+        assert np.isfinite(found.score).all()
 
 
 def test_of_a_batch_chance_is_allowed_for_and_a_gross_one_is_told_of():
