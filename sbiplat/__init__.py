@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sbiplat.bank.bank import Bank
     from sbiplat.bank.fill import simulate
     from sbiplat.command import command_simulator
-    from sbiplat.errors import Uncertified, UserError
+    from sbiplat.diagnostics.predictive import predictive_check
+    from sbiplat.errors import Misspecified, Uncertified, UserError
     from sbiplat.gate.certificate import Certificate
     from sbiplat.gate.door import load
     from sbiplat.gate.examine import gate
@@ -43,7 +44,8 @@ _HOMES = {
     "sbiplat.bank.bank": ("Bank",),
     "sbiplat.bank.fill": ("simulate",),
     "sbiplat.command": ("command_simulator",),
-    "sbiplat.errors": ("Uncertified", "UserError"),
+    "sbiplat.diagnostics.predictive": ("predictive_check",),
+    "sbiplat.errors": ("Misspecified", "Uncertified", "UserError"),
     "sbiplat.gate.certificate": ("Certificate",),
     "sbiplat.gate.door": ("load",),
     "sbiplat.gate.examine": ("gate",),
@@ -65,10 +67,10 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
-    "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "from_sbi",
-    "gate", "learning_curve", "load", "nearest", "pairs", "read_observation", "recalibrate", "report", "simulate", "simulator", "train",
-    "tune",
+    "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
+    "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError",
+    "command_simulator", "from_sbi", "gate", "learning_curve", "load", "nearest", "pairs", "predictive_check",
+    "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune",
 ]
 
 

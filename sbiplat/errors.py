@@ -44,6 +44,10 @@ class LeakageError(UserError):
     """A density over theta with nearly all of its mass beyond the prior's support."""
 
 
+class Misspecified(UserWarning):
+    """A warning: an observation is unlike all that the simulator made, so that nothing vouches for its posterior."""
+
+
 class Uncertified(UserError):
     """A posterior without a certificate that holds for its exact weights and bank."""
 

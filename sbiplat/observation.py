@@ -213,6 +213,41 @@ def _real(value: Any, name: str) -> NDArray[Any]:
     return array
 
 
+# ------------------------------------------------------------------------------------------------------- as numbers
+
+
+def flat(spec: ObservationSpec, x: Fields) -> NDArray[np.floating]:
+    """x as rows of numbers, (B, F)."""
+    return np.concatenate([np.asarray(x[name]).reshape(len(x[name]), -1) for name in spec.shapes], axis=1)
+
+
+def fields_of(spec: ObservationSpec, rows: NDArray[np.floating]) -> Fields:
+    """Rows of numbers (B, F) as x by name; the inverse of `flat`."""
+    out, at = {}, 0
+    for name, shape in spec.shapes.items():
+        size = int(np.prod(shape, dtype=int))
+        out[name] = rows[:, at:at + size].reshape(len(rows), *shape).astype(spec.dtype)
+        at += size
+    return out
+
+
+def feature_names(spec: ObservationSpec, indices: NDArray[np.int64]) -> list[str]:
+    """Each feature as a person would name it: by label, by place along the axis, or by index."""
+    names, ends = list(spec.shapes), np.cumsum([int(np.prod(s, dtype=int)) for s in spec.shapes.values()])
+    out = []
+    for j in indices:
+        k = int(np.searchsorted(ends, j, side="right"))
+        shape = spec.shapes[names[k]]
+        place = [int(i) for i in np.unravel_index(int(j) - (int(ends[k - 1]) if k else 0), shape)] if shape else []
+        along = f" at {spec.axis[0]} = {spec.axis[1][place[0]]:.4g}" if place and len(spec.axis[1]) == shape[0] else ""
+        if spec.plain and spec.labels:
+            label, rest = spec.labels[place[-1]], place[:-1]
+        else:
+            label, rest = names[k], place
+        out.append(label + (f"[{', '.join(map(str, rest))}]" if rest else "") + along)
+    return out
+
+
 # ----------------------------------------------------------------------------------------------------- from a file
 
 

@@ -238,7 +238,7 @@ def resolve(spec: str | Simulator) -> Simulator:
 def _resolve_object(spec: str) -> Simulator:
     """The simulator at `file.py:object` or `module:object`."""
     place, _, attribute = (f"{spec}:" if spec.endswith(".py") else spec).rpartition(":")
-    module = load_file(Path(place)) if place.endswith(".py") else _import(place, spec)
+    module = load_module(place, spec)
     have = [k for k, v in vars(module).items() if isinstance(v, Simulator)]
     if not attribute:
         raise SimulatorError(f"{spec}: say which object, as {place}:{have[0] if have else 'NAME'}; simulators there: "
@@ -248,6 +248,11 @@ def _resolve_object(spec: str) -> Simulator:
         what = "is not decorated with @sp.simulator" if found is not None else "does not exist"
         raise SimulatorError(f"{attribute!r} in {place} {what}; simulators there: {', '.join(have) or 'none'}")
     return found
+
+
+def load_module(place: str, spec: str) -> Any:
+    """The module at `path/to/file.py` or of that name; spec: what the user wrote, for errors. Raises SimulatorError."""
+    return load_file(Path(place)) if place.endswith(".py") else _import(place, spec)
 
 
 def _import(module: str, spec: str) -> Any:

@@ -38,6 +38,7 @@ from sbiplat.bank.bank import Bank
 from sbiplat.bank.farm import mpi_world
 from sbiplat.bank.fill import simulate as simulate_bank
 from sbiplat.bank.layout import Header
+from sbiplat.diagnostics.predictive import summaries_from
 from sbiplat.errors import BankError, OtherTraining, SettingError, Uncertified, UserError
 from sbiplat.estimators.base import Architecture, find, find_trained_here
 from sbiplat.gate.certificate import Certificate
@@ -51,6 +52,7 @@ from sbiplat.report.page import report as write_report
 from sbiplat.runs import Run
 from sbiplat.settings import build, read_toml, setting, split, unknown
 from sbiplat.simulator import Simulator, resolve
+from sbiplat.source import source_digest
 from sbiplat.training.begin import TrainSettings
 from sbiplat.training.trainer import train
 
@@ -91,6 +93,7 @@ class SampleTable:
     n: int = setting(10_000, "draws", low=1)
     seed: int = setting(0, "seed of the draws", low=0)
     out: str = setting("posterior.nc", "name of the file of draws in OUT: .nc, .h5 or .csv")
+    summaries: str = setting("", "of x, for the report's predictive p-values: file.py:object, a dict of functions")
 
 
 @dataclass(frozen=True)
@@ -138,10 +141,12 @@ class _Workflow:
             own, rest = _apart(GateTable, tables.get("gate", {}))
             self.gate_seed, self.gate = own.seed, build(Criteria, rest)
         self.sample: SampleTable | None = None
+        self.summaries: dict[str, Any] | None = None
         if "sample" in tables:
             with self._mistakes_in("sample"):
                 self.sample = build(SampleTable, tables["sample"])
                 self._check_draws(self.sample)
+                self.summaries = summaries_from(self._place(self.sample.summaries)) if self.sample.summaries else None
         self.stages: list[tuple[str, str, str]] = []
 
     def _check_tables(self, tables: Mapping[str, Any]) -> None:
@@ -272,7 +277,8 @@ class _Workflow:
         if table is None:
             return
         target = self.out / table.out
-        key = {**asdict(table), "observation": files.digest_file(self.folder / table.observation), "certificate": certificate.sha256}
+        own = {k: v for k, v in asdict(table).items() if k != "summaries"}  # those are the report's
+        key = {**own, "observation": files.digest_file(self.folder / table.observation), "certificate": certificate.sha256}
         before = self._remembered("sample")
         if not certificate.passed:
             if target.exists():
@@ -288,18 +294,20 @@ class _Workflow:
             self._set_aside(target, f"the {differs[0]} has changed" if differs else "it is not known what made it", "sample")
         posterior = load(run)
         theta = posterior.sample(observation, table.n, seed=table.seed)
-        write_draws(target, posterior.prior, *posterior.x.batch(observation), theta, table.seed, posterior.provenance)
+        write_draws(target, posterior.prior, *posterior.x.batch(observation), theta, table.seed, posterior.facts)
         self._remember("sample", key)
         self._note("sample", "done", f"{theta.shape} draws in {target.name}")
 
     def _report(self, run: Run, certificate: Certificate, observation: Any, simulator: Simulator) -> None:
         target = self.out / "report.html"
-        key = {"certificate": certificate.sha256, "version": __version__,
-               "observation": files.digest_file(self.folder / self.sample.observation) if self.sample else None}
+        observed = files.digest_file(self.folder / self.sample.observation) if self.sample else None
+        key: dict[str, Any] = {"certificate": certificate.sha256, "version": __version__, "observation": observed}
+        if self.summaries:
+            key["summaries"] = {name: source_digest(function) for name, function in self.summaries.items()}
         if target.exists() and self._remembered("report") == key:
             self._note("report", "skipped", "report.html is there")
             return
-        made = write_report(run, observation, simulator=simulator)
+        made = write_report(run, observation, simulator=simulator, summaries=self.summaries)
         files.write_text(target, made.read_text(encoding="utf-8"))
         self._remember("report", key)
         self._note("report", "done", "report.html")

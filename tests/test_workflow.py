@@ -104,7 +104,7 @@ def finished(tmp_path_factory):
 @pytest.fixture
 def light_report(monkeypatch):
     """A report of one line: what the page shows has its own tests, and drawing it takes most of a workflow's time here."""
-    def write(run, observation, simulator):
+    def write(run, observation, simulator, summaries):
         path = run.path / "report.html"
         path.write_text(f"<html>{Certificate.read(run).sha256} {observation}")
         return path
@@ -247,6 +247,13 @@ def test_the_same_observation_file_with_other_values_samples_again(place):
     assert place.run()[1] == outcomes(["sample", "report"])
 
 
+def test_named_summaries_go_to_the_report_alone(place):
+    (place.folder / "mine.py").write_text("SUMMARIES = {'last': lambda x: x[-1]}\n")
+    place.write(table("sample", 'summaries = "mine.py:SUMMARIES"'))
+    assert place.run()[1] == outcomes(["report"])
+    assert place.run()[1] == outcomes([])
+
+
 @pytest.mark.parametrize(("name", "again"), [("draws.csv", ["sample"]), ("report.html", ["report"]), ("workflow.json", ["sample", "report"])])
 def test_what_is_deleted_is_made_again(place, name, again):
     (place.out / name).unlink()
@@ -365,6 +372,8 @@ MISTAKES = [
     (WORKFLOW.replace('"x.csv"', '"walk.py"'), "an observation is read from .npy"),
     (WORKFLOW.replace("draws.csv", "draws.txt"), "draws are written as .nc (ArviZ), .h5 or .csv"),
     (WORKFLOW.replace("draws.csv", "../draws.csv"), "[sample] out = '../draws.csv': expected the name of a file"),
+    (table("sample", 'summaries = "gone.py:peak"'), "no simulator file at"),
+    (table("sample", 'summaries = "peak"'), "[sample] summaries = 'peak': expected file.py:object"),
     (WORKFLOW.replace("n = 200", "n = true"), "[sample] n = True: expected a whole number"),
     ("out = ", "is not TOML"),
     ("\0", "is not TOML"),

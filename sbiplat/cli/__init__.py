@@ -33,6 +33,7 @@ from sbiplat.cli.output import (
     Set,
     Signals,
     counts,
+    misspecified_in_a_line,
     say,
     show,
     warn,
@@ -283,10 +284,13 @@ def sample(
     allow_uncertified: Annotated[
         bool, typer.Option("--allow-uncertified", help="Draw from a posterior that the gate has not passed.")
     ] = False,
+    refuse_misspecified: Annotated[
+        bool, typer.Option("--refuse-misspecified", help="Exit 4 and write nothing, where the observation is unlike the simulations.")
+    ] = False,
     embedding: Embedding = None,
     as_json: Json = False,
 ) -> None:
-    """Draw from a certified posterior; exit 4 if it is not certified."""
+    """Draw from a certified posterior; exit 4 if it is not certified. An observation that is unlike the simulations is warned of."""
     from sbiplat.gate.door import load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.export import check_target
@@ -294,13 +298,14 @@ def sample(
 
     check_target(out)
     opened = Run.open(run)
-    posterior = load(opened, allow_uncertified=allow_uncertified, embedding=embedding)
+    posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding)
     if posterior.provenance["certified"] == "no":
         warn(f"uncertified: {posterior.provenance['refusal']}")
     if posterior.provenance.get("own_thresholds"):
         warn(f"certified by thresholds that were changed: {posterior.provenance['own_thresholds']}")
     x = read_observation(observation, opened.x)
-    theta = posterior.sample(x, n, seed=seed)
+    with misspecified_in_a_line():
+        theta = posterior.sample(x, n, seed=seed)
     write_draws(posterior, x, theta, out, n, seed, as_json)
 
 
@@ -311,16 +316,20 @@ def report(
     simulator: Annotated[str | None, typer.Option(help="The simulator, for the posterior predictive, where it is not installed.")] = None,
     seed: Seed = 0,
     embedding: Embedding = None,
+    summaries: Annotated[str | None, typer.Option(help="file.py:object, a dict of functions of x, for predictive p-values.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write RUN/report.html."""
+    from sbiplat.diagnostics.predictive import summaries_from
     from sbiplat.observation import read_observation
     from sbiplat.report.page import report as write_report
     from sbiplat.runs import Run
 
     opened = Run.open(run)
     x = read_observation(observation, opened.x) if observation else None
-    path = write_report(opened, x, simulator=simulator, seed=seed, embedding=embedding)
+    named = summaries_from(summaries) if summaries else None
+    with misspecified_in_a_line():
+        path = write_report(opened, x, simulator=simulator, seed=seed, embedding=embedding, summaries=named)
     show(as_json, {"report": str(path)}, str(path))
 
 
@@ -332,7 +341,8 @@ def run(
     """Simulate, train, gate, sample and report; finished stages are skipped; exit 3 if the gate refuses."""
     from sbiplat.workflow import run_workflow
 
-    result = run_workflow(workflow, say=lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
+    with misspecified_in_a_line():
+        result = run_workflow(workflow, say=lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
     show(as_json, result.to_json(), result.text())
     if not result.passed:
         raise typer.Exit(REFUSED)

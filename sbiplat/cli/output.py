@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from sbiplat.errors import Misspecified
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
@@ -30,6 +35,23 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)  # noqa: T201
 
 
+@contextmanager
+def misspecified_in_a_line() -> Iterator[None]:
+    """The warning that an observation is unlike the bank, as one line."""
+    ordinary = warnings.showwarning
+
+    def told(message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
+        if issubclass(category, Misspecified):
+            warn(str(message))
+        else:
+            ordinary(message, category, *rest, **named)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", Misspecified)
+        warnings.showwarning = told
+        yield
+
+
 def show(as_json: bool, value: dict[str, Any], text: str) -> None:
     """Print a result: one JSON object for machines, or text for people."""
     say(json.dumps(value) if as_json else text)
@@ -44,9 +66,11 @@ def write_draws(posterior: Any, x: Any, theta: Any, out: Path, n: int, seed: int
     """Write draws to a file, and print their means and sds."""
     from sbiplat.posteriors.export import write_draws
 
-    write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, posterior.facts)
+    facts = posterior.facts
+    write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, facts)
     rows = [f"{name:16} {theta[..., k].mean():12.5g} +- {theta[..., k].std():.3g} {unit}".rstrip()
             for k, (name, unit) in enumerate(zip(posterior.prior.names, posterior.prior.units, strict=True))]
     summary = {"out": str(out), "n": n, "seed": seed, "certified": posterior.provenance["certified"] == "yes",
+               **{k: v for k, v in facts.items() if k.startswith("misspecification")},
                "mean": theta.reshape(-1, theta.shape[-1]).mean(0).tolist(), "sd": theta.reshape(-1, theta.shape[-1]).std(0).tolist()}
     show(as_json, summary, "\n".join([*(rows if theta.ndim == 2 else []), f"{out}: draws of shape {theta.shape}"]))

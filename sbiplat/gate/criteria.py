@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from sbiplat.diagnostics.examined import Examined
-from sbiplat.gate import calibration
+from sbiplat.gate import calibration, misspecification
 from sbiplat.gate.criterion import Part
 
-NOT_TESTED = ("robustness", "misspecification")
+NOT_TESTED = ("robustness",)
 
 
 @dataclass(frozen=True)
-class Criteria(calibration.CalibrationCriteria):
+class Criteria(misspecification.MisspecificationCriteria, calibration.CalibrationCriteria):
     """How much is tested, and the thresholds."""
 
 
-PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (calibration.examine,)
+PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (calibration.examine, misspecification.examine)
 LEVELS: Mapping[str, Mapping[str, Any]] = {"draft": {"pairs": 200}, "standard": {}, "publication": {"pairs": 5000}}

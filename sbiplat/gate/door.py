@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sbiplat.errors import Uncertified
 from sbiplat.gate.certificate import Certificate
+from sbiplat.gate.watch import Watch, watch_of
 from sbiplat.nets import embeddings
 from sbiplat.posteriors.base import Posterior
 from sbiplat.posteriors.of_run import from_run
@@ -14,20 +16,41 @@ from sbiplat.runs import Run
 
 
 def load(
-    run: str | Path | Run, *, allow_uncertified: bool = False, embedding: Any = None, device: str = "cpu",
+    run: str | Path | Run, *, allow_uncertified: bool = False, refuse_misspecified: bool = False, embedding: Any = None,
+    device: str = "cpu",
 ) -> Posterior:
     """The posterior of a certified run; raises Uncertified with the reason and the mend where its certificate does not hold.
 
     embedding: the user's own class (or 'file.py:Class') where the run was trained with one, since loading a run never
-    runs code that the run names. allow_uncertified: for looking into a refused posterior; its draws say so.
+    runs code that the run names. allow_uncertified: for looking into a refused posterior; its draws say so. refuse_misspecified: raise
+    Uncertified, instead of warning, for an observation that is unlike the bank.
     """
     if embedding is not None:
         embeddings.register(embedding)
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
     try:
         certificate = Certificate.read(run).require(run)
+        watch = _required(watch_of(run, certificate, refuse_misspecified), run, refuse_misspecified)
     except Uncertified as reason:
         if not allow_uncertified:
             raise
-        return from_run(run, device, certified="no", refusal=str(reason))
-    return from_run(run, device, certified="yes", certificate=certificate.sha256, own_thresholds=certificate.own_thresholds or None)
+        watch = _required(_watch_of_refused(run, refuse_misspecified), run, refuse_misspecified)
+        return replace(from_run(run, device, certified="no", refusal=str(reason)), watch=watch)
+    made = from_run(run, device, certified="yes", certificate=certificate.sha256, own_thresholds=certificate.own_thresholds or None)
+    return replace(made, watch=watch)
+
+
+def _required(watch: Watch | None, run: Run, refuse: bool) -> Watch | None:
+    """A watch that is to refuse must be there."""
+    if refuse and watch is None:
+        raise Uncertified(f"no test of misspecification is calibrated for {run.path}, so none can refuse an observation; run `sbiplat gate "
+                          f"{run.path}` with at least 200 held-out pairs")
+    return watch
+
+
+def _watch_of_refused(run: Run, refuse: bool) -> Watch | None:
+    """The test of misspecification of a run that the gate has refused; None where its certificate does not hold."""
+    try:
+        return watch_of(run, Certificate.read(run).require_bound(run), refuse)
+    except Uncertified:
+        return None

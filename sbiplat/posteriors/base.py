@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from sbiplat.errors import PriorError, SettingError
+from sbiplat.errors import Misspecified, PriorError, SettingError
 from sbiplat.observation import Fields, ObservationSpec
 from sbiplat.posteriors.export import to_arviz
 from sbiplat.prior import Prior
@@ -31,6 +32,20 @@ class Sampler(Protocol):
         ...
 
 
+class Watch(Protocol):
+    """What holds every observation against the bank before it is sampled. facts: of the last one, for files of draws."""
+
+    facts: dict[str, Any]
+
+    def look(self, x: Fields, sampler: Any) -> Any:
+        """How unlike the bank B single observations are."""
+        ...
+
+    def warning(self, x: Fields, sampler: Any) -> Misspecified | None:
+        """The warning to give, if any; raises Uncertified where it is to refuse."""
+        ...
+
+
 @dataclass(frozen=True)
 class Posterior:
     r"""A posterior over named parameters.
@@ -40,7 +55,7 @@ class Posterior:
 
     provenance: what is written into every file of draws (weights and bank digest, certificate). changed_prior: the prior in force,
     where it is not that of the bank (`with_prior`). set_size: how many independent observations make one x (`iid`); 0 where x is
-    what the simulator returns.
+    what the simulator returns. watch: the gate's test of misspecification; None where it has made none.
     """
 
     prior: Prior
@@ -49,16 +64,34 @@ class Posterior:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     changed_prior: Prior | None = None
     set_size: int = 0
+    watch: Watch | None = None
 
     def sample(self, x: Any, n: int, *, seed: int | None = None) -> Array:
         """n draws of theta given x: (n, D); given a batch of B observations: (B, n, D).
 
-        seed: fixes the draws; without one, fresh ones every time. Raises ObservationError where x has the wrong shape or NaN.
+        seed: fixes the draws; without one, fresh ones every time. Raises ObservationError where x has the wrong shape or NaN. Warns with
+        `Misspecified` where x is unlike all that the simulator made.
         """
         fields, batched = self.x.batch(x)
+        found = self.watch.warning(self._single(fields), self.sampler) if self.watch else None
+        if found is not None:
+            warnings.warn(found, stacklevel=2)
         z = self.unconstrained_sample(fields, n, fresh_seed() if seed is None else whole_seed(seed))
         theta = self.prior.constrain(z)
         return theta if batched else theta[0]
+
+    def misspecification(self, x: Any) -> Any:
+        """How unlike the bank an observation, or each of a batch, is: a `Misspecification` with p-values, distances and features.
+
+        Each of a set of independent observations (`iid`) stands by itself. Raises SettingError where the gate has calibrated no such test.
+        """
+        if self.watch is None:
+            raise SettingError("the gate has calibrated no test of misspecification for this posterior; run `sbiplat gate` on its run")
+        return self.watch.look(self._single(self.x.batch(x)[0]), self.sampler)
+
+    def _single(self, fields: Fields) -> Fields:
+        """The same as single observations: those of sets one after the other."""
+        return {name: v.reshape(-1, *v.shape[2:]) for name, v in fields.items()} if self.set_size else fields
 
     def log_prob(self, theta: ArrayLike, x: Any) -> Array:
         """log q(theta | x), -inf outside the support.
@@ -167,8 +200,9 @@ class Posterior:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is written into files of draws: the provenance, and the figures of the last draws where a sampler has any."""
-        return {**self.provenance, **getattr(self.sampler, "diagnostics", {})}
+        """What is written into files of draws: the provenance, and of the last draws the figures of the sampler and of the test of
+        misspecification, where there are any."""
+        return {**self.provenance, **getattr(self.sampler, "diagnostics", {}), **(self.watch.facts if self.watch else {})}
 
 
 def fresh_seed() -> int:

@@ -23,6 +23,8 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
 from sbiplat import files
+from sbiplat.diagnostics.misspecification import Misspecification
+from sbiplat.diagnostics.predictive import Summaries, check_summaries, simulate, summarise
 from sbiplat.errors import ObservationError, SettingError, SimulatorError, Uncertified, UserError
 from sbiplat.gate.certificate import Certificate
 from sbiplat.gate.criteria import Criteria
@@ -38,23 +40,26 @@ from sbiplat.simulator import Simulator, available, resolve
 Array = NDArray[np.float64]
 PRIOR_DRAWS = 50_000
 LEAST_DRAWS = 100
+MOST_CHECKS = 20
 UNITS_OF_LOSS = {"npe": "nats", "nle": "nats"}
 NOT_TESTED = {
     "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior",
-    "misspecification": "whether your observation is of the kind that the simulator makes; the certificate speaks only of data "
-                        "that it could have made",
+    "misspecification": "whether your observation is of the kind that the simulator makes: too few pairs were held out to calibrate the "
+                        "test; the certificate speaks only of data that it could have made",
 }
 
 
 def report(
     run: Run | str | Path, observation: Any = None, *, simulator: Simulator | str | None = None, draws: int = 10_000,
-    seed: int = 0, embedding: Any = None, out: str | Path | None = None, progress: Progress | None = None,
+    seed: int = 0, embedding: Any = None, summaries: Summaries | None = None, out: str | Path | None = None,
+    progress: Progress | None = None,
 ) -> Path:
     """Write the report of a finished run, by default to RUN/report.html, and return its path.
 
     observation: one x in the user's form; kept in RUN/observation.npz, which is used when none is given.
     simulator: for the posterior predictive; by default the registered one of the bank's name, if its source is the bank's.
-    draws: of the posterior. embedding: as for `sbiplat.load`. Raises RunError for an unfinished run.
+    draws: of the posterior. embedding: as for `sbiplat.load`. summaries: of x, as for `sbiplat.predictive_check`. Raises RunError for
+    an unfinished run.
     """
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
     for name, value, least in (("draws", draws, LEAST_DRAWS), ("seed", seed, 0)):
@@ -69,7 +74,7 @@ def report(
     verdict = _verdict(run)
     page = {
         "run": str(run.path), "name": _simulator(run)["name"], "made": files.now(), "verdict": verdict,
-        "posterior": _posterior(run, verdict, x, found, int(draws), int(seed), embedding, progress),
+        "posterior": _posterior(run, verdict, x, found, int(draws), int(seed), embedding, summaries, progress),
         "gate": _gate(run, verdict), "training": _training(run), "what": _what(run, found, verdict),
     }
     with files.disk_errors(path):
@@ -211,7 +216,8 @@ def _find_simulator(run: Run, given: Simulator | str | None) -> Found:
 
 
 def _posterior(
-    run: Run, verdict: Verdict, x: Fields | None, found: Found, draws: int, seed: int, embedding: Any, progress: Progress,
+    run: Run, verdict: Verdict, x: Fields | None, found: Found, draws: int, seed: int, embedding: Any,
+    summaries: Summaries | None, progress: Progress,
 ) -> dict[str, Any]:
     """The section on the posterior: a sentence where there is none to show, else table, corner plot and predictive."""
     why_not = {
@@ -227,12 +233,14 @@ def _posterior(
     except UserError as problem:  # a user's own embedding that is not at hand: the rest of the page needs none
         return {"shown": False, "why": f"The posterior cannot be loaded: {problem}", "failed": []}
     theta = posterior.sample(run.x.unwrap(x), draws, seed=seed)
+    sight = posterior.misspecification(run.x.unwrap(x)) if posterior.watch else None
     before = run.prior.sample(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x9210,))), PRIOR_DRAWS)
     corner = figures.corner(theta, before, run.prior.names, run.prior.units, run.prior.support)
     return {
         "shown": True, "draws": draws, "seed": seed, "observation": hashlib.sha256(_npz(x)).hexdigest(),
         "rows": table(run.prior, theta, before), "dim": run.prior.dim, "corner_most": figures.MOST_CORNER,
-        "corner": figures.image(corner, raster=True), "predictive": _predictive(run, found, theta, x, seed, progress),
+        "corner": figures.image(corner, raster=True), "predictive": _predictive(run, found, theta, x, seed, summaries, progress),
+        "sight": None if sight is None else _sight(sight),
     }
 
 
@@ -267,17 +275,31 @@ def number(value: Any) -> str:
     return f"{value:.4g}".replace("-", "−").replace("inf", "∞") if isinstance(value, float) else str(value)
 
 
-def _predictive(run: Run, found: Found, theta: Array, x: Fields, seed: int, progress: Progress) -> dict[str, Any]:
+def _sight(found: Misspecification) -> dict[str, Any]:
+    """Whether the observation is of the kind that the simulator makes."""
+    return {"p_value": float(found.p_value[0]), "unusual": found.unusual, "text": found.text() if found.unusual else "",
+            "held_out": found.held_out, "rows": found.rows, "level": found.level,
+            "distances": [(kind, float(found.distances[kind][0]), float(found.p_values[kind][0])) for kind in found.distances],
+            "features": [f for f in found.features[0]]}
+
+
+def _predictive(
+    run: Run, found: Found, theta: Array, x: Fields, seed: int, summaries: Summaries | None, progress: Progress,
+) -> dict[str, Any]:
     if found.simulator is None:
         return {"figure": None, "why": f"The posterior predictive is left out: {found.why}"}
-    simulated = predictive.simulate(found.simulator, theta, seed, progress)
+    simulated = simulate(found.simulator, theta, seed, progress)
     failed = f"{simulated.failed} of {simulated.tried} simulations from the posterior failed or were not finite"
     if simulated.rows < 2:
         return {"figure": None, "why": f"The posterior predictive is left out: {failed}. {simulated.error}".strip()}
     shown, notes = predictive.panels(run.x, x, simulated.fields)
     if simulated.failed:
         notes.append(f"{failed} and are left out")
+    data = {name: values[None] for name, values in x.items()}
+    checks = check_summaries(run.x, data, summarise(run.x, simulated.fields, summaries)[1], summaries, simulated.tried)
+    worst = sorted(checks.checks, key=lambda c: c.p_value)[:MOST_CHECKS]
     return {"figure": figures.image(figures.predictive(shown)), "rows": simulated.rows, "notes": notes,
+            "checks": [c for c in checks.checks if c in worst], "all_checks": len(checks.checks),
             "warning": found.warning, "inside": predictive.share_inside(shown)}
 
 

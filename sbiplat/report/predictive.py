@@ -1,4 +1,4 @@
-"""The posterior predictive: simulate again from draws of the posterior, and lay the data beside it.
+"""The posterior predictive as a figure: the data beside simulations from draws of the posterior.
 
 A look, not a test: the data were used to find the posterior, so they should lie where its simulations lie; where they
 do not, the simulator cannot make such data, whatever the certificate says.
@@ -6,69 +6,18 @@ do not, the simulator cannot make such data, whatever the certificate says.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sbiplat.observation import Fields, ObservationSpec
-from sbiplat.progress import Progress, silent
 from sbiplat.report.figures import Dots, Panel, Picture, Series, plain, with_unit
-from sbiplat.simulator import Simulator
 
 Array = NDArray[np.float64]
-ROWS, LEAST_ROWS = 200, 20
-MOST_BYTES = 2**28
-MOST_SECONDS = 60.0
-ROWS_A_CALL = 25
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 MOST_DOTS, MOST_POINTS, MOST_PIXELS, MOST_PANELS = 40, 1000, 512, 12
 LEAST_IMAGE = 8
-
-
-@dataclass(frozen=True)
-class Predictive:
-    """Simulations from posterior draws. fields: name -> (R, ...), only rows that are finite.
-
-    tried: rows simulated. failed: those that raised or were not finite. error: the first that was raised.
-    """
-
-    fields: Fields
-    tried: int
-    failed: int
-    error: str = ""
-
-    @property
-    def rows(self) -> int:
-        return self.tried - self.failed
-
-
-def simulate(
-    simulator: Simulator, theta: Array, seed: int, progress: Progress = silent, *, most_seconds: float = MOST_SECONDS,
-    clock: Callable[[], float] = time.monotonic,
-) -> Predictive:
-    """Simulate from the first of the draws theta (n, D): 200 of them, or fewer where x is huge or the simulator slow."""
-    count = min(len(theta), ROWS, max(LEAST_ROWS, MOST_BYTES // simulator.x.row_bytes))
-    step = ROWS_A_CALL if simulator.batched else 1
-    kept: list[Fields] = []
-    tried, error, start = 0, "", clock()
-    with progress.task("predictive", count) as advance:
-        for first in range(0, count, step):
-            if clock() - start > most_seconds:
-                break
-            part = theta[first:min(first + step, count)].copy()
-            stream = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x93ED, first)))
-            tried += len(part)
-            try:
-                kept += [row for row in simulator.rows(part, [stream]) if all(np.isfinite(v).all() for v in row.values())]
-            except Exception as problem:  # the user's own code: anything may come
-                error = error or f"{type(problem).__name__}: {problem}"
-            advance(len(part))
-    fields = {name: np.stack([row[name] for row in kept]) for name in simulator.x.shapes} if kept else {}
-    return Predictive(fields, tried, tried - len(kept), error)
 
 
 def panels(spec: ObservationSpec, data: Fields, simulated: Fields) -> tuple[list[Panel], list[str]]:

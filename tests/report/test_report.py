@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import sbiplat as sp
+from sbiplat.diagnostics.predictive import simulate
 from sbiplat.errors import ObservationError, RunError, SettingError, SimulatorError
 from sbiplat.observation import ObservationSpec
 from sbiplat.progress import silent
@@ -176,7 +177,7 @@ def test_certified_run_says_so_and_what_was_not_tested(run: Path) -> None:
     page = page_of(run)
     assert "CERTIFIED" in page.text
     assert json.loads((run / "certificate.json").read_text())["sha256"] in page.text
-    assert "misspecification: whether your observation is of the kind that the simulator makes" in page.text
+    assert "robustness: whether small, deliberate or unlucky changes of the data mislead the posterior" in page.text
 
 
 def test_loosened_thresholds_are_said(run: Path) -> None:
@@ -343,6 +344,26 @@ def _simulator(function: Any, batched: bool = False) -> sp.Simulator:
     return sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1)}), x_shape=(3,), name="predictive_test", batched=batched)(function)
 
 
+def test_the_page_says_whether_the_observation_is_of_the_simulator_s_kind(run: Path) -> None:
+    assert "below 0.05" not in page_of(run, X).text, "120 pairs calibrate no test at 1 %"
+    assert "misspecification: whether your observation is of the kind" in page_of(run, X).text
+    sp.gate(run, progress=silent, **{**LOOSE, "unlike": 0.05})
+    assert "sight" in page_of(run, X).ids
+    assert "Nothing speaks against it: p = " in page_of(run, X).text
+    odd = X.copy()
+    odd[3, 1] = 1e6
+    with pytest.warns(sp.Misspecified, match=re.escape("down[3] at time <u> = 3 = 1e+06")):
+        page = page_of(run, odd)
+    assert "down[3] at time <u> = 3 = 1e+06 is outside the range of all" in page.text
+
+
+def test_predictive_p_values_stand_under_the_figure(run: Path) -> None:
+    page = page_of(run, X, simulator=hostile, summaries={"<b>peak": np.max})
+    assert "checks" in page.ids
+    assert "<b>peak" in page.text
+    assert "sd of down" in page_of(run, X, simulator=hostile).text
+
+
 def test_simulations_that_fail_are_counted_and_left_out() -> None:
     def fragile(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         if theta[0] > 1:
@@ -350,20 +371,20 @@ def test_simulations_that_fail_are_counted_and_left_out() -> None:
         return np.full(3, np.nan if theta[0] < -1 else theta[0])
 
     theta = np.repeat([[0.0], [2.0], [-2.0], [0.5]], 10, axis=0)
-    found = predictive.simulate(_simulator(fragile), theta, 0)
+    found = simulate(_simulator(fragile), theta, 0)
     assert (found.tried, found.failed, found.rows, found.error) == (40, 20, 20, "ValueError: too large")
 
 
 def test_slow_simulator_is_stopped() -> None:
     seconds = iter(np.arange(0, 1000, 10.0))
-    found = predictive.simulate(_simulator(lambda theta, rng: np.zeros(3)), np.zeros((200, 1)), 0, clock=lambda: next(seconds))
+    found = simulate(_simulator(lambda theta, rng: np.zeros(3)), np.zeros((200, 1)), 0, clock=lambda: next(seconds))
     assert found.tried == 6
 
 
 def test_predictive_is_the_same_for_the_same_seed() -> None:
     made = _simulator(lambda theta, rng: theta + rng.standard_normal((len(theta), 3)), batched=True)
     theta = np.zeros((60, 1))
-    a, b, c = (predictive.simulate(made, theta, seed).fields["x"] for seed in (0, 0, 1))
+    a, b, c = (simulate(made, theta, seed).fields["x"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, b)
     assert not np.array_equal(a, c)
     assert len(np.unique(a)) == a.size, "blocks have streams of their own"
