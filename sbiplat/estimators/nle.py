@@ -76,6 +76,9 @@ class NLE(Tractable):
 
     @torch.no_grad()
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.prepare_differentiably(x)
+
+    def prepare_differentiably(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"x": standardised (B, F), constants at 0; "log_det": of the standardisation, (B,); "unit": one of a whole-numbered feature,
         after standardisation, where it stands, (B, F), 0 of others}."""
         slopes = embeddings.flatten(self.standardise.log_slopes(x))
