@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sbiplat.bank.bank import Bank
     from sbiplat.bank.fill import simulate
     from sbiplat.command import command_simulator
+    from sbiplat.diagnostics.attack import attack
     from sbiplat.errors import Uncertified, UserError
     from sbiplat.gate.certificate import Certificate
     from sbiplat.gate.door import load
@@ -41,6 +42,7 @@ _HOMES = {
     "sbiplat.bank.bank": ("Bank",),
     "sbiplat.bank.fill": ("simulate",),
     "sbiplat.command": ("command_simulator",),
+    "sbiplat.diagnostics.attack": ("attack",),
     "sbiplat.errors": ("Uncertified", "UserError"),
     "sbiplat.gate.certificate": ("Certificate",),
     "sbiplat.gate.door": ("load",),
@@ -62,7 +64,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
-    "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "from_sbi",
+    "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "attack", "command_simulator",
+    "from_sbi",
     "gate", "load", "nearest", "pairs", "read_observation", "report", "simulate", "simulator", "train", "tune",
 ]
 

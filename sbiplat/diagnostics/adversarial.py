@@ -93,7 +93,7 @@ class Objective:
         if kind not in target.objectives:
             raise SettingError(f"objective = {kind!r}: this estimator has {', '.join(target.objectives)}")
         self.target, self.ball, self.draws, self.kind, self.seed, self.universal = target, ball, draws, kind, seed, universal
-        self.scale = draws.z.std(1, keepdim=True).clamp_min(1e-12)
+        self.scale = draws.z.std(1, keepdim=True, correction=0).clamp_min(1e-12)
         with torch.no_grad():
             self.clean = target.condition(ball.x) if kind != "forward" else None
 
@@ -140,7 +140,7 @@ class Objective:
 
     def _drawn(self, moved: Tensor, step: int, count: int) -> Tensor:
         with torch.no_grad():
-            return self.target.sample(moved, count, self._generator(step))
+            return self.target.sample(moved, count, self._generator(step)).to(self.draws.z.dtype)
 
     def _generator(self, step: int) -> torch.Generator:
         return torch.Generator(self.draws.z.device).manual_seed(self.seed + step)

@@ -64,7 +64,7 @@ def _of(sampler: Sampler, posterior: Posterior) -> Target:
     if hasattr(sampler, "target"):
         return sampler.target()
     if isinstance(sampler, EnsembleSampler):
-        return _joined([_of(member, posterior) for member in sampler.members])
+        return Joined([_of(member, posterior) for member in sampler.members])
     if isinstance(sampler, ThetaSpaceSampler):
         return DensityOfTheta(sampler.estimator, posterior)
     if isinstance(sampler, DirectSampler):
@@ -188,10 +188,6 @@ class Joined:
         return torch.cat([m.sample(c, share, generator) for m, c in zip(self.members, condition, strict=True)], dim=1)[:, :n]
 
 
-def _joined(members: list[Target]) -> Target:
-    return Joined(members)
-
-
 class BlackBox:
     """Any sampler, by its densities alone: a gradient-free search has to do."""
 
@@ -217,9 +213,11 @@ def _has_gradients(target: Target, estimator: Any) -> bool:
     spec = estimator.spec
     lead = (1, getattr(target, "set_size", 0)) if getattr(target, "set_size", 0) else (1,)
     x = {k: torch.full((*lead, *shape), 0.5, dtype=getattr(torch, spec.dtype)).requires_grad_() for k, shape in spec.shapes.items()}
-    device = next(estimator.parameters()).device
+    given = {k: v.to(next(estimator.parameters()).device) for k, v in x.items()}
     try:
-        found = target.condition({k: v.to(device) for k, v in x.items()})
-    except RuntimeError:  # summaries that take their input apart, such as by .numpy()
+        found = target.condition(given)
+    except RuntimeError:  # summaries that take their input out of torch, such as by .numpy(), do so only without gradient
+        target.condition({k: v.detach() for k, v in given.items()})
         return False
-    return bool(found.requires_grad)
+    slopes = torch.autograd.grad(found.sum(), list(x.values()), allow_unused=True)
+    return any(slope is not None for slope in slopes)

@@ -40,7 +40,8 @@ PRIOR_DRAWS = 50_000
 LEAST_DRAWS = 100
 UNITS_OF_LOSS = {"npe": "nats", "nle": "nats"}
 NOT_TESTED = {
-    "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior",
+    "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior: it has no density to tell by",
+    "attacks by gradient": "changes of the data that follow the net's gradient; a search without gradients was made in their place",
     "misspecification": "whether your observation is of the kind that the simulator makes; the certificate speaks only of data "
                         "that it could have made",
 }
