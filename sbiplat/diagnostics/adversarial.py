@@ -1,8 +1,8 @@
 r"""Attacks: the perturbation of an observation, at most of size eps, that moves the posterior most.
 
-.. math:: \max_{\delta} \; d\big( q(\cdot | x), \; q(\cdot | x') \big), \qquad x' = x \text{ moved by } \delta, \quad \|\delta\| \le \epsilon,
+.. math:: \max_{\delta} \; d\big( q(\cdot | x), \; q(\cdot | x') \big), \qquad \|\delta\| \le \epsilon,
 
-with delta in whitened x (`whitened`) and d one of
+with x' = x moved by delta in whitened x (`whitened`) and d one of
 
 - `forward`: KL(q_x || q_x'), from draws of q_x alone (`targets`);
 - `reverse`: KL(q_x' || q_x), and `energy`: 2 E|Z - Z'| - E|Z - Z~| - E|Z' - Z~'| in units of the sd of q_x. Where a density is to be had,
@@ -35,7 +35,7 @@ LEAST_LOG = -1e6  # of a density: a draw without any counts so
 class AttackSettings:
     """How hard an attack tries."""
 
-    objective: str = setting("", "what is maximised; by default forward, and energy where there is no density", among=("", *OBJECTIVES))
+    objective: str = setting("auto", "what is maximised; auto: forward, and energy for npse and fmpe", among=("auto", *OBJECTIVES))
     norm: str = setting("l2", "of a perturbation: its root mean square, or its largest feature", among=("l2", "linf"))
     steps: int = setting(40, "gradient steps", low=1, high=100_000)
     restarts: int = setting(3, "random starts", low=1, high=1000)
@@ -89,7 +89,7 @@ class Objective:
     """What an attack on B observations maximises: of delta (R, B, F), its value (R, B). seed: of the draws that a step makes itself."""
 
     def __init__(self, target: Target, ball: Ball, draws: Draws, kind: str, seed: int, universal: bool = False) -> None:
-        kind = kind or target.objectives[0]
+        kind = target.objectives[0] if kind == "auto" else kind
         if kind not in target.objectives:
             raise SettingError(f"objective = {kind!r}: this estimator has {', '.join(target.objectives)}")
         self.target, self.ball, self.draws, self.kind, self.seed, self.universal = target, ball, draws, kind, seed, universal

@@ -35,8 +35,8 @@ PREDICTIVE = 100  # simulations an observation
 @dataclass(frozen=True)
 class AttackResult:
     """x: the perturbed observations, as the posterior takes them. delta: by how much of a feature's robust sd, (B, F), in the order of
-    `names`. eps: of each, (B,). kl: KL(q_x || q_x'), (B,); noise_kl: of noise of the size asked for. predictive: root mean square distance, in
-    robust sds, of the mean simulation from the posterior at x and at x' from x itself, (B, 2); None without a simulator."""
+    `names`. eps: of each, (B,). kl: KL(q_x || q_x'), (B,); noise_kl: of noise of the size asked for. predictive: root mean square
+    distance from x, in robust sds, of the mean simulation by the posterior at x and at x', (B, 2); None without a simulator."""
 
     x: Any
     delta: Array
@@ -52,10 +52,10 @@ def attack(
     universal: bool = False, gradients: bool = True, low: Any = None, high: Any = None, features: Any = None, project: Any = None,
     rows: Any = None, simulator: Simulator | None = None, seed: int = 0, device: str = "cpu", **settings: Any,
 ) -> AttackResult:
-    """Perturb x, one observation or a batch of B, by at most eps, so that its posterior moves most. For whom it helps to see what misleads.
+    """Perturb x, one observation or a batch of B, by at most eps, so that its posterior moves most.
 
-    run: a finished run, or a posterior with rows of x. eps: in whitened x, see docs/gate.md. towards: a theta (D,), or towards_x: an observation
-    whose posterior is to be imitated. universal: one perturbation for all of x. gradients: false for the gradient-free search. low, high,
+    run: a finished run, or a posterior with rows of x. eps: in whitened x, see docs/gate.md. towards: a theta (D,), or towards_x: an
+    observation whose posterior is to be imitated. universal: one perturbation for all of x. gradients: false for the gradient-free search. low, high,
     features, project: limits, as in `Limits`. rows: of x (N, ...), for the features' scales; by default those of the run's bank.
     settings: fields of `AttackSettings`. Raises SettingError, ObservationError, PriorError.
     """
@@ -105,7 +105,7 @@ def _rows_of(run: Run | Posterior | str | Path) -> Fields:
         raise SettingError("a posterior has no bank at hand: give rows=, some hundred x that were simulated, for the scale of each feature")
     bank: Bank = _run(run).bank(None)
     if bank.header.signals:
-        raise SettingError("the bank holds signals, not observations: give rows=, some hundred x as observed, for the scale of each feature")
+        raise SettingError("the bank holds signals, not observations: give rows=, some hundred x as observed, for the features' scales")
     good = np.flatnonzero(bank.status == STATUS["ok"])
     count = max(1000, min(ROWS, ROWS_BYTES // bank.header.x.row_bytes))
     data = bank.at(good[np.linspace(0, len(good) - 1, min(count, len(good))).astype(np.int64)])
@@ -120,15 +120,15 @@ def _aim(
         return None
     if towards is not None and towards_x is not None:
         raise SettingError("give towards or towards_x, not both")
-    if "forward" not in target.objectives or settings.objective not in ("", "forward"):
+    if "forward" not in target.objectives or settings.objective not in ("auto", "forward"):
         raise SettingError("an attack towards something needs the density itself, objective = forward; npe, nle and nre have it")
     device = device_of(posterior)
     if towards is not None:
         if not target.normalised:
-            raise SettingError("an attack towards a theta needs a density of theta; give towards_x, an observation whose posterior is there")
+            raise SettingError("an attack towards a theta needs its density; give towards_x, an observation whose posterior lies there")
         theta = np.asarray(towards, float)
         if theta.shape != (posterior.prior.dim,) or not posterior.prior.contains(theta).all():
-            raise PriorError(f"towards must be one theta in the prior's support, ({posterior.prior.dim},): {', '.join(posterior.prior.names)}")
+            raise PriorError("towards must be one theta in the prior's support: " + ", ".join(posterior.prior.names))
         z = torch.as_tensor(posterior.prior.unconstrain(theta), dtype=torch.float32, device=device).expand(count, 1, -1)
         return Draws(z, torch.zeros(count, 1, device=device), towards=True)
     other, batched = posterior.x.batch(towards_x)

@@ -5,8 +5,8 @@ For each observation and eps, with delta the best of all attacks and xi noise of
 .. math:: K(x) = \mathrm{KL}(q_x \| q_{x + \delta}), \qquad \kappa(x) = \mathbb{E}_\xi \, \mathrm{KL}(q_x \| q_{x + \xi}) .
 
 To second order both are quadratic forms of one matrix A(x), the Fisher information of q in x: with F features
-:math:`K = \tfrac12 F \epsilon^2 \lambda_{\max}(A)` and :math:`\kappa = \tfrac12 \epsilon^2 \mathrm{tr} A`. So :math:`K \le F \kappa`, whatever
-the posterior, as long as it answers to x in proportion; for a linear-Gaussian one, N(Gx, S), at every eps, with A = G' S^-1 G. What a net
+:math:`K = \tfrac12 F \epsilon^2 \lambda_{\max}(A)` and :math:`\kappa = \tfrac12 \epsilon^2 \mathrm{tr} A`. So :math:`K \le F \kappa`,
+whatever the posterior, as long as it answers to x in proportion; for a linear-Gaussian one, N(Gx, S), at every eps, with A = G' S^-1 G. What a net
 does beyond that, where its data never were, is the excess
 
 .. math:: E(x) = \frac{K(x) + \tau}{F \kappa(x) + \tau}, \qquad \tau = 0.1 \text{ nat},
@@ -41,10 +41,10 @@ from sbiplat.posteriors.base import Posterior
 Array = NDArray[np.float64]
 HARMLESS = 0.1  # nats: tau
 NOMINAL = (0.5, 0.9)
-NOISES = 8
+NOISES, FEW_NOISES = 8, 3
 TO_STEP, TO_CHOOSE, TO_SCORE, TO_COVER = 128, 64, 128, 200  # draws an observation
-SLOW = 4  # where densities come from the solver of an ODE, so many times fewer
-CHUNK = 25
+SLOW = 6  # where densities come from the solver of an ODE, so many times fewer
+CHUNK, CHUNK_NUMBERS = 100, 2**22  # observations at a time, and their numbers
 SEARCHED = 4  # one observation in so many is also searched where there are gradients
 
 
@@ -92,9 +92,10 @@ def fragility(examined: Examined, sizes: Sequence[float], settings: AttackSettin
     target = target_of(examined.posterior)
     whitening = Whitening.fit(examined.posterior.x, examined.training["x"], target.masks)
     count, parts = len(examined.truth), []
+    chunk = max(1, min(CHUNK, CHUNK_NUMBERS // examined.posterior.x.size))
     with examined.progress.task("attack", count * len(sizes)) as advance:
-        for k, first in enumerate(range(0, count, CHUNK)):
-            some = slice(first, min(first + CHUNK, count))
+        for k, first in enumerate(range(0, count, chunk)):
+            some = slice(first, min(first + chunk, count))
             x = {name: v[some] for name, v in examined.pairs["x"].items()}
             seed = int(examined.stream(0xA77A, k).generate_state(1)[0] >> 1)
             attacked = Attacked.of(examined.posterior, target, whitening, x, settings, seed)
@@ -126,19 +127,27 @@ class Attacked:
         z = posterior.unconstrained_sample(x, TO_STEP + TO_CHOOSE + TO_SCORE, seed)
         draws = torch.as_tensor(z, dtype=torch.float32, device=device)
         made = cls(posterior, target, whitening, x, data, Draws(draws, draws[..., 0]), settings, seed)
-        return replace(made, draws=Draws(draws, made.log_prob(draws, data)))
+        used = torch.cat([torch.arange(part.start, part.stop) for part in made.shares[0 if made.has_density else 1:]])
+        log_q = torch.zeros_like(draws[..., 0])
+        log_q[:, used] = made.log_prob(draws[:, used], data).to(log_q.dtype)
+        return replace(made, draws=Draws(draws, log_q))
+
+    @property
+    def has_density(self) -> bool:
+        """Whether the target itself has one, by which attacks step."""
+        return "forward" in self.target.objectives
 
     @property
     def shares(self) -> tuple[slice, slice, slice]:
         """Of the draws: to step by, to choose by, to score by. None serves twice, so that no score is chosen for its luck."""
-        few = 1 if "forward" in self.target.objectives else SLOW
+        few = 1 if self.has_density else SLOW
         return (slice(0, TO_STEP), slice(TO_STEP, TO_STEP + TO_CHOOSE // few),
                 slice(TO_STEP + TO_CHOOSE, TO_STEP + TO_CHOOSE + TO_SCORE // few))
 
     @torch.no_grad()
     def log_prob(self, z: Tensor, x: Data) -> Tensor:
         """log q(z | x) up to what depends on x alone, by the target or else by the sampler."""
-        if "forward" in self.target.objectives:
+        if self.has_density:
             return self.target.log_prob(z, self.target.condition(x))
         found = self.posterior.unconstrained_log_prob(z.double().cpu().numpy(), arrays(x))
         return torch.as_tensor(found, dtype=z.dtype, device=z.device)
@@ -149,7 +158,7 @@ class Attacked:
         z, log_q = self.draws.z[:, share], self.draws.log_q[:, share]
         return torch.stack([divergence(log_q, self.log_prob(z, ball.moved(part)), self.target.normalised) for part in delta])
 
-    def objective(self, ball: Ball, kind: str = "", *, aim: Draws | None = None, universal: bool = False) -> Objective:
+    def objective(self, ball: Ball, kind: str = "auto", *, aim: Draws | None = None, universal: bool = False) -> Objective:
         """What an attack maximises, by the draws to step by, or by those of its aim."""
         step = self.shares[0]
         draws = Draws(self.draws.z[:, step], self.draws.log_q[:, step]) if aim is None else aim
@@ -159,7 +168,7 @@ class Attacked:
         """All figures at one eps; truth: (B, D) in R^D."""
         ball = Ball(self.whitening, self.x, eps, self.settings.norm)
         start = torch.Generator(ball.free.device).manual_seed(self.seed ^ 0x5A5A)
-        noise = ball.random(NOISES, start)
+        noise = ball.random(NOISES if self.has_density else FEW_NOISES, start)
         _, choose, score = self.shares
         nan = np.full(len(truth), np.nan)
         gradient, search, vanished, found = nan, nan.copy(), 0.0, []

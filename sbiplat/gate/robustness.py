@@ -32,13 +32,14 @@ class RobustnessCriteria:
     """How hard the posterior is attacked, and the thresholds."""
 
     attacked: int = setting(100, "held-out observations that are attacked", low=10)
-    attack_eps: float = setting(1.0, "largest attack: root mean square over features, in robust sds over the bank; a tenth and three tenths "
-                                "of it are tried too", low=1e-6, high=1e6)
+    attack_eps: float = setting(1.0, "largest attack: root mean square over features, in robust sds; a tenth and three tenths of it are "
+                                "tried too", low=1e-6, high=1e6)
     attack_steps: int = setting(25, "gradient steps of an attack", low=1, high=100_000)
     attack_restarts: int = setting(2, "random starts of an attack", low=1, high=1000)
     attack_queries: int = setting(150, "steps of the gradient-free search", low=1, high=10**7)
     excess: float = setting(4.0, "worst KL over F times that of noise, F the number of features", low=1.0)
-    attacked_coverage: float = setting(0.1, "largest shortfall of central intervals under attack, beyond what is in proportion", low=0.0, high=1.0)
+    attacked_coverage: float = setting(0.1, "largest shortfall of central intervals under attack, beyond what is in proportion", low=0.0,
+                                       high=1.0)
     masking: float = setting(2.0, "KL that a search without gradients reaches, over that by gradients", low=1.0)
 
 
@@ -131,8 +132,8 @@ def _masking(found: Sequence[Fragility], criteria: RobustnessCriteria) -> Criter
 
     f = max(found, key=low)
     value, passed = math.exp(f.masking.mean()), low(f) <= math.log(criteria.masking)
-    statement = (f"at eps {f.eps:g} a search without gradients reaches {value:.2f} times the KL that gradients do, each with {HARMLESS:g} nat "
-                 f"(limit {criteria.masking:g}); {f.vanished:.0%} of gradient steps had none")
+    statement = (f"at eps {f.eps:g} a search without gradients reaches {value:.2f} times the KL that gradients do, each with {HARMLESS:g} "
+                 f"nat (limit {criteria.masking:g}); {f.vanished:.0%} of gradient steps had none")
     return Criterion("gradient masking", passed, value, criteria.masking, statement, "" if passed else
                      "gradients with respect to x vanish or mislead, so the figures understate the worst: look for rounding, clipping or "
                      "saturation between x and the context")
