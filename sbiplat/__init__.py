@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sbiplat.bank.bank import Bank
     from sbiplat.bank.fill import simulate
     from sbiplat.command import command_simulator
+    from sbiplat.diagnostics.attack import attack
     from sbiplat.diagnostics.predictive import predictive_check
     from sbiplat.errors import Misspecified, Uncertified, UserError
     from sbiplat.gate.certificate import Certificate
@@ -46,6 +47,7 @@ _HOMES = {
     "sbiplat.command": ("command_simulator",),
     "sbiplat.diagnostics.predictive": ("predictive_check",),
     "sbiplat.errors": ("Misspecified", "Uncertified", "UserError"),
+    "sbiplat.diagnostics.attack": ("attack",),
     "sbiplat.gate.certificate": ("Certificate",),
     "sbiplat.gate.door": ("load",),
     "sbiplat.gate.examine": ("gate",),
@@ -68,7 +70,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
-    "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError",
+    "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "attack",
     "command_simulator", "from_sbi", "gate", "learning_curve", "load", "nearest", "pairs", "predictive_check",
     "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune",
 ]

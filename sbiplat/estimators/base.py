@@ -80,6 +80,10 @@ class Estimator(nn.Module):
         """x as the bank stores it, a dict of (B, ...) tensors, to what `loss` takes: fixed, float32, without gradient."""
         raise NotImplementedError
 
+    def prepare_differentiably(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same with gradient in x, for attacks on x; what an embedding computes by other means than torch's has none."""
+        raise NotImplementedError
+
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The training loss of each row, (B,), for prepared x."""
         raise NotImplementedError

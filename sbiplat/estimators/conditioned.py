@@ -64,6 +64,9 @@ class Conditioned(Estimator):
 
     @torch.no_grad()
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.prepare_differentiably(x)
+
+    def prepare_differentiably(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return embeddings.prepare(self.embedding, self.spec, self.standardise(x))
 
     def context(self, x: dict[str, Tensor]) -> Tensor:

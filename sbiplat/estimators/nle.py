@@ -77,6 +77,9 @@ class NLE(Tractable):
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """{"x": standardised (B, F), constants at 0; "log_det": of the standardisation, (B,); "unit": one of a whole-numbered feature,
         after standardisation, where it stands, (B, F), 0 of others}."""
+        return self.prepare_differentiably(x)
+
+    def prepare_differentiably(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         slopes = embeddings.flatten(self.standardise.log_slopes(x))
         values = embeddings.flatten(self.standardise(x))
         return {"x": torch.where(self.varies, values, 0.0), "log_det": torch.where(self.varies, slopes, 0.0).sum(1).float(),

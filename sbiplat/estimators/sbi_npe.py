@@ -107,6 +107,8 @@ class SbiNPE(Estimator):
         """x as sbi was given it: float32, flattened where there is no embedding; no declared transform."""
         return {"x": x["x"].float().reshape(-1, *self.event)}
 
+    prepare_differentiably = prepare
+
     def context(self, x: dict[str, Tensor]) -> Tensor:
         """sbi's standardised and embedded x, (B, C)."""
         return self.embedding(x["x"])

@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from sbiplat.diagnostics.examined import Examined
-from sbiplat.gate import calibration, misspecification
+from sbiplat.gate import calibration, misspecification, robustness
 from sbiplat.gate.criterion import Part
-
-NOT_TESTED = ("robustness",)
 
 
 @dataclass(frozen=True)
-class Criteria(misspecification.MisspecificationCriteria, calibration.CalibrationCriteria):
+class Criteria(misspecification.MisspecificationCriteria, robustness.RobustnessCriteria, calibration.CalibrationCriteria):
     """How much is tested, and the thresholds."""
 
 
-PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (calibration.examine, misspecification.examine)
-LEVELS: Mapping[str, Mapping[str, Any]] = {"draft": {"pairs": 200}, "standard": {}, "publication": {"pairs": 5000}}
+PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (
+    calibration.examine, robustness.examine, misspecification.examine)
+LEVELS: Mapping[str, Mapping[str, Any]] = {
+    "draft": {"pairs": 200, "attacked": 30, "attack_restarts": 1},
+    "standard": {},
+    "publication": {"pairs": 5000, "attacked": 500, "attack_steps": 200, "attack_restarts": 5, "attack_queries": 1000},
+}

@@ -17,7 +17,7 @@ from sbiplat.bank.stream import pairs_at, split, take
 from sbiplat.diagnostics.examined import Examined
 from sbiplat.errors import RunError
 from sbiplat.gate.certificate import FORMAT_VERSION, Certificate
-from sbiplat.gate.criteria import NOT_TESTED, PARTS, Criteria
+from sbiplat.gate.criteria import PARTS, Criteria
 from sbiplat.gate.criterion import Part
 from sbiplat.observe import Observe, check_observe
 from sbiplat.posteriors.of_run import from_run
@@ -98,7 +98,7 @@ def _certify(run: Run, bank: Bank, criteria: Criteria, parts: list[Part], seed: 
         "format_version": FORMAT_VERSION,
         "passed": all(v.passed for v in verdicts),
         "criteria": [asdict(v) for v in verdicts],
-        "not_tested": [*NOT_TESTED, *(name for part in parts for name in part.not_tested)],
+        "not_tested": [name for part in parts for name in part.not_tested],
         "thresholds": asdict(criteria),
         "figures": {name: value for part in parts for name, value in part.figures.items()},
         "estimator": run.architecture.estimator,

@@ -43,7 +43,8 @@ LEAST_DRAWS = 100
 MOST_CHECKS = 20
 UNITS_OF_LOSS = {"npe": "nats", "nle": "nats"}
 NOT_TESTED = {
-    "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior",
+    "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior: it has no density to tell by",
+    "attacks by gradient": "changes of the data that follow the net's gradient; a search without gradients was made in their place",
     "misspecification": "whether your observation is of the kind that the simulator makes: too few pairs were held out to calibrate the "
                         "test; the certificate speaks only of data that it could have made",
 }
