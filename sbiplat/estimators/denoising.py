@@ -18,7 +18,7 @@ denoisers are apart (Verdu, 2010; by de Bruijn's identity),
 :math:`\frac12 dx^\top F dx` to second order, and so the posterior's Fisher information in x has the trace
 
 .. math:: \mathrm{tr} \, F(x) = 2 \int_0^\infty \mathbb{E} \, \| \partial_x D_s \|^2 \, \frac{ds}{s^3}
-          = 2 \int_0^{\pi / 2} \cot t \; \mathbb{E} \, \big\| \partial_x \big( \sin t \; L^{-1} m(x) + F(z_t, t, c(x)) \big) \big\|^2 \, dt ,
+          = 2 \int_0^{\pi / 2} \cot t \; \mathbb{E} \, \big\| \partial_x ( \sin t \; L^{-1} m(x) + F(z_t, t, c(x)) ) \big\|^2 \, dt ,
 
 the slopes taken with y in z's own coordinates held fast, where m and L are the regression's. Levels are drawn half uniform in t and half in
 log s, and the norms are estimated by random signs (Hutchinson).

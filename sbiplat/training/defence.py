@@ -14,7 +14,8 @@ and the whole gradient of the trace is
 
 .. math:: \nabla \, \mathrm{tr} F = \mathbb{E} \big[ \nabla |\partial_x r|^2 + (|\partial_x r|^2 - b) \, \nabla \log q \big]
 
-for any b, here the batch's mean. Without the second term the penalty would gain twice as much by widening a Gaussian as it says.
+for any b that does not depend on the draw, here the mean of the batch's other rows. Without the second term the penalty would gain twice as
+much by widening a Gaussian as it says.
 
 `noise:SCALE` trains on x + SCALE e with e ~ N(0, I) drawn anew in every step: the posterior given noisier data. `adversarial:EPS` trains on
 x + delta, delta a step of the loss's gradient from a random start, of root mean square at most EPS over the features (Madry et al., 2018;
@@ -39,8 +40,8 @@ from sbiplat.errors import SettingError
 from sbiplat.estimators.base import Estimator
 from sbiplat.estimators.ensemble import Ensemble
 
-EVERY = 4  # the penalty is taken in one step of so many, so many times: half the price, and momentum spreads it
-ROWS = 128  # of a batch, for the penalty
+EVERY = 3  # the penalty is taken in one step of so many, so many times: a fraction of the price, and momentum spreads it
+SHARE = 0.5  # of a batch, for the penalty; of a piece where batches go through the net in pieces
 VALIDATION_ROWS = 1024
 STEP = 1.25  # of an attack, in units of its largest length (Wong et al.)
 Fields = dict[str, Tensor]
@@ -95,13 +96,14 @@ class Fisher:
     def add_gradient(self, estimator: Estimator, theta: Tensor, x: Fields, units: Fields, times: float) -> Tensor:
         """Add the gradient of `times` the penalty, its mean over rows, to the parameters' `grad`; returns what was added to the loss."""
         mean, surrogate = theta.new_zeros(()), theta.new_zeros(())
-        each = members(estimator)
+        each, rows = members(estimator), len(theta)
         with as_used(estimator):
             for member in each:
                 trace, root = fisher_trace(member, theta, x, units, graph=True)
                 still = trace.detach()
                 mean = mean + still.mean() / len(each)
-                whole = trace + (still - still.mean()) * root if member.draws_itself else trace
+                over = (still - still.mean()) * rows / (rows - 1) if rows > 1 else still  # over the mean of the others
+                whole = trace + over * root if member.draws_itself else trace
                 surrogate = surrogate + whole.mean() / len(each)
             (times * self.weight * surrogate).backward()
         return times * self.weight * mean
@@ -121,13 +123,16 @@ def fisher_trace(estimator: Estimator, theta: Tensor, x: Fields, units: Fields, 
 
 
 class Defence:
-    """What a training does in its defence. words: of `parsed`; x: rows of the bank as prepared, which set the units."""
+    """What a training does in its defence.
 
-    def __init__(self, words: Sequence[str], estimator: Estimator, x: Fields) -> None:
+    words: as of `parsed`; x: rows of the bank as prepared, which set the units; pieces: in which a batch goes through the net.
+    """
+
+    def __init__(self, words: Sequence[str], estimator: Estimator, x: Fields, pieces: int = 1) -> None:
         made = {kind: KINDS[kind](figure) for kind, figure in parsed(words).items()}
         self.disturbances = [d for d in made.values() if isinstance(d, Noise | Adversarial)]
         self.fisher = next((d for d in made.values() if isinstance(d, Fisher)), None)
-        self.estimator, self.units = estimator, estimator.units(x) if made else {}
+        self.estimator, self.units, self.share = estimator, estimator.units(x) if made else {}, SHARE / pieces
 
     def __bool__(self) -> bool:
         return bool(self.disturbances or self.fisher)
@@ -147,7 +152,7 @@ class Defence:
         """Add the penalty's gradient to the parameters' `grad`; returns what it adds to the loss, over steps in the mean."""
         if self.fisher is None or step % EVERY:
             return theta.new_zeros(())
-        rows = slice(ROWS)
+        rows = slice(math.ceil(self.share * len(theta)))
         return self.fisher.add_gradient(self.estimator, theta[rows], {k: v[rows] for k, v in x.items()}, self.units, EVERY)
 
     def trace(self, theta: Tensor, x: Fields) -> float:

@@ -130,7 +130,7 @@ class _Training:
             if isinstance(part, Estimator):
                 part.rows_were_fitted = observe is None and len(scale["theta"]) >= apart.training_rows  # with observe, x is another
         ready = self.estimator.prepare(scale["x"]) if settings.defend else {}
-        self.defence = Defence(settings.defend, self.estimator, ready).to(self.device)
+        self.defence = Defence(settings.defend, self.estimator, ready, settings.accumulate).to(self.device)
         self.estimator.to(self.device)
         self.validation = self._prepared(pairs_at(bank, apart.validation))
         self.resident = None

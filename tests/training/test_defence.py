@@ -12,7 +12,7 @@ from sbiplat.errors import OtherTraining, SettingError
 from sbiplat.nets.flows import FLOWS
 from sbiplat.progress import silent
 from sbiplat.training import begin, defence
-from sbiplat.training.defence import Adversarial, Defence, Fisher, Noise, fisher_trace, parsed
+from sbiplat.training.defence import Adversarial, Defence, Fisher, Noise, fisher_trace
 
 SD = math.sqrt(1 + NOISE**2)  # of x, which is z + noise
 UNITS = {"x": torch.ones(())}
@@ -256,6 +256,25 @@ def test_units_are_scales_of_summaries_and_ones_of_what_is_standardised(line_ban
         np.testing.assert_allclose(units["x"].expand(len(wanted)), wanted, rtol=0.1)
 
 
+def test_masks_of_sets_are_no_data(tmp_path):
+    @sp.simulator(prior=sp.Prior({"a": sp.Normal(0, 1), "b": sp.Normal(0, 1)}), x_shape={"seen": (3, 2), "mask": (3,)}, batched=True)
+    def sets(theta, rng):
+        mask = (np.arange(3) < rng.integers(1, 4, (len(theta), 1))).astype(float)
+        return {"seen": mask[..., None] * (theta[:, None] + rng.standard_normal((len(theta), 3, 2))), "mask": mask}
+
+    bank = sp.simulate(sets, 400, 1, tmp_path / "bank", workers=1, progress=silent)
+    net = begin.plan(bank, "npe", 0, None, {"flow": "gaussian", "embedding": "deepset"}).architecture.build(0)
+    rows = {k: torch.as_tensor(v[:]) for k, v in bank.x.items()}
+    net.fit_scales(torch.zeros(400, 2), rows)
+    ready = net.prepare(rows)
+    assert set(net.units(ready)) == {"seen"}
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    trace, _ = fisher_trace(net, torch.zeros(400, 2), ready, net.units(ready))
+    assert trace.shape == (400,)
+    assert float(trace.mean()) > 0
+
+
 def test_defences_work_on_signals_that_are_observed(tmp_path):
     def detector(signal, theta, rng):
         return signal + NOISE * torch.randn(signal.shape, generator=rng, device=signal.device)
@@ -310,12 +329,20 @@ def test_the_best_epoch_is_that_of_the_defended_objective(line_bank, tmp_path, m
 
 def test_the_penalty_is_taken_in_some_steps_and_counts_for_all(line_bank):
     net, theta, x = made(line_bank, flow="gaussian")
-    guard = Defence(parsed_words := ("fisher:0.5",), net, x)
-    assert parsed(parsed_words) == {"fisher": 0.5}
-    added = [float(guard.add_gradient(theta[:500], {"x": x["x"][:500]}, step)) for step in range(2 * defence.EVERY)]
+    theta, x = theta[:500], {"x": x["x"][:500]}
+    guard = Defence(("fisher:0.5",), net, x)
+    added = [float(guard.add_gradient(theta, x, step)) for step in range(2 * defence.EVERY)]
     assert [v > 0 for v in added] == 2 * [True, *(defence.EVERY - 1) * [False]]
-    with torch.no_grad():
-        rows = {"x": x["x"][:defence.ROWS]}
-    mean = np.mean([float(fisher_trace(net, theta[:defence.ROWS], rows, guard.units)[0].mean()) for _ in range(50)])
-    several = np.mean([float(guard.add_gradient(theta[:500], {"x": x["x"][:500]}, 0)) for _ in range(50)])
+    half = math.ceil(defence.SHARE * 500)
+    mean = np.mean([float(fisher_trace(net, theta[:half], {"x": x["x"][:half]}, guard.units)[0].mean()) for _ in range(50)])
+    several = np.mean([float(guard.add_gradient(theta, x, 0)) for _ in range(50)])
     assert several / defence.EVERY == pytest.approx(0.5 * mean, rel=0.1)
+
+
+def test_where_batches_go_in_pieces_so_does_the_penalty(line_bank, monkeypatch):
+    net, theta, x = made(line_bank, flow="gaussian")
+    seen = []
+    monkeypatch.setattr(defence, "fisher_trace", lambda m, theta, x, units, graph: (seen.append(len(theta)), fisher_trace(m, theta, x, units, graph))[1])
+    for pieces in (1, 4, 1000):
+        Defence(("fisher:0.5",), net, x, pieces).add_gradient(theta[:500], {"x": x["x"][:500]}, 0)
+    assert seen == [250, 63, 1]
