@@ -91,6 +91,10 @@ class Estimator(nn.Module):
         """A random number r a row, (B,), of pairs (theta, prepared x), with E |dr/dx|^2 = tr F(x): see `training.defence`."""
         raise NotImplementedError
 
+    def nat(self) -> float:
+        """What the loss rises by, about, where the posterior is a nat worse."""
+        return 1.0
+
     def units(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """The fields of prepared x that hold x and may be disturbed, each with its features' scales, from rows of the bank as prepared."""
         raise NotImplementedError

@@ -108,6 +108,11 @@ class Denoising(Conditioned):
         signs = 2.0 * torch.randint(0, 2, noise.shape, device=theta.device) - 1
         return (weight.sqrt() * signs * (t.sin() * (mean @ self.regression.inverse.mT) + F)).sum((1, 2))
 
+    def nat(self) -> float:
+        """What the loss rises by where N(0, I) is learnt displaced by a nat, a length of sqrt 2: F is then off by sin t times that."""
+        s = self.levels((torch.arange(4096) + 0.5) / 4096).clamp(LEAST, MOST)
+        return float((2 * self.weight(s) * s.atan().sin().square()).mean())
+
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The field's weighted squared error, (B,)."""
         context = self.context_of(theta, x)

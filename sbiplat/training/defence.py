@@ -8,9 +8,9 @@ How far the posterior moves when x does is its Fisher information in x,
 `fisher:W` adds :math:`W \, \mathrm{tr} F(x)` to the loss (Gloeckler, Deistler & Macke, 2023): twice W times the nats by which noise of one
 unit a feature moves the posterior, to second order. An estimator gives a random number r a row with
 :math:`\mathbb{E} \, |\partial_x r|^2 = \mathrm{tr} F` (`fisher_root`): npe the log-density of a draw of its own; nre log r of the row's
-theta; npse and fmpe a root of the same trace by de Bruijn's identity (`estimators.denoising`), at the row's theta. Of an ensemble it is
-the mean of its members', which that of the mixture does not exceed. Where the draws are q's own, their law depends on the weights too,
-and the whole gradient of the trace is
+theta; npse and fmpe a root of the same trace by de Bruijn's identity (`estimators.denoising`), at the row's theta. Their loss is a squared
+error, and W times what a nat is in it (`nat`). Of an ensemble it is the mean of its members', which that of the mixture does not exceed.
+Where the draws are q's own, their law depends on the weights too, and the whole gradient of the trace is
 
 .. math:: \nabla \, \mathrm{tr} F = \mathbb{E} \big[ \nabla |\partial_x r|^2 + (|\partial_x r|^2 - b) \, \nabla \log q \big]
 
@@ -86,7 +86,7 @@ class Adversarial:
 
 
 class Fisher:
-    """fisher:WEIGHT, of the trace of the Fisher information in nats per squared unit."""
+    """fisher:WEIGHT, of the trace of the Fisher information in nats per squared unit. weight: in units of the loss."""
 
     figure: ClassVar[str] = "weight"
 
@@ -131,7 +131,7 @@ class Defence:
     def __init__(self, words: Sequence[str], estimator: Estimator, x: Fields, pieces: int = 1) -> None:
         made = {kind: KINDS[kind](figure) for kind, figure in parsed(words).items()}
         self.disturbances = [d for d in made.values() if isinstance(d, Noise | Adversarial)]
-        self.fisher = next((d for d in made.values() if isinstance(d, Fisher)), None)
+        self.fisher = next((Fisher(d.weight * members(estimator)[0].nat()) for d in made.values() if isinstance(d, Fisher)), None)
         self.estimator, self.units, self.share = estimator, estimator.units(x) if made else {}, SHARE / pieces
 
     def __bool__(self) -> bool:

@@ -147,6 +147,21 @@ def test_of_denoisers_the_trace_is_that_of_the_posterior_that_they_denoise(line_
     assert float(found.std()) < 3 * exact, "few draws are enough"
 
 
+@pytest.mark.parametrize(("estimator", "settings"), [("npse", {}), ("npse", {"weighting": "likelihood", "schedule": "ve"}), ("fmpe", {}),
+                                                     ("fmpe", {"path": "vp"})])
+def test_a_nat_of_a_denoiser_is_what_a_displaced_gaussian_costs(line_bank, monkeypatch, estimator, settings):
+    """F = 0 denoises N(0, I); of the law displaced by d it is |d|^2 / 2 nats away."""
+    net, _, x = made(line_bank, estimator, **settings)
+    monkeypatch.setattr(net, "velocity_back", lambda z, t, conditions: torch.zeros_like(z))
+    many, w, losses = {"x": x["x"][:1].expand(100_000, 2)}, torch.randn(100_000, 2), []
+    for moved in (0.0, 1.0):  # each of two coordinates: a nat
+        torch.manual_seed(1)
+        losses.append(net.loss(net.unwhiten(w + moved, net.context(many)), many).detach())
+    risen = losses[1] - losses[0]
+    assert abs(float(risen.mean()) - net.nat()) < 4 * float(risen.std()) / math.sqrt(100_000) + 1e-3
+    assert Defence(("fisher:0.5",), net, x).fisher.weight == pytest.approx(0.5 * net.nat())
+
+
 def train(bank, out, estimator="npe", **settings):
     quick = QUICK if estimator == "npe" else {k: v for k, v in QUICK.items() if k != "flow"}
     return sp.train(bank, estimator, out=out, progress=silent, **{**quick, **settings})
