@@ -115,6 +115,11 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
     kind = next(o for o in options if o is not type(None))
     origin = typing.get_origin(kind) or kind
     wrong = SettingError(f"{name} = {value!r}: expected {_kind_name(kind)}" + _range(about))
+    if origin is tuple and str in typing.get_args(kind):
+        value = [value] if isinstance(value, str) else value
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise wrong
+        return tuple(value)
     if origin is tuple:
         whole = isinstance(value, list | tuple) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
         if not whole or len(value) < about["fewest"] or not all(about["low"] <= v <= about["high"] for v in value):
@@ -140,6 +145,8 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
 
 
 def _kind_name(kind: Any) -> str:
+    if str in typing.get_args(kind):
+        return "a text, or a list of texts"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table"}
     return names.get(typing.get_origin(kind) or kind, "a list of whole numbers")
 

@@ -54,6 +54,7 @@ from sbiplat.settings import build, read_toml, setting, split, unknown
 from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 from sbiplat.training.begin import TrainSettings
+from sbiplat.training.defence import checked
 from sbiplat.training.trainer import train
 
 TABLES = ("simulate", "train", "gate", "sample")
@@ -160,9 +161,10 @@ class _Workflow:
             raise SettingError(f'{self.path}: it needs out = "folder" before the first table')
 
     def _check_training(self) -> None:
-        theirs = find_trained_here(self.estimator).settings_class
+        kind = find_trained_here(self.estimator)
+        theirs = kind.settings_class
         ours, rest = split(self.train, TrainSettings, theirs)
-        build(TrainSettings, ours)
+        checked(build(TrainSettings, ours).defend, self.estimator, kind)
         build(theirs, rest)
 
     def _check_draws(self, table: SampleTable) -> None:

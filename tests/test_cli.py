@@ -279,3 +279,15 @@ def test_a_full_disk_while_draws_are_written_is_one_line_and_leaves_nothing(plac
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert "the disk is full" in done.stderr
     assert not list(place.glob("*full*"))
+
+
+def test_a_training_is_defended_as_often_as_it_is_asked_to_be(place):
+    words = ["train", "b", "--out", "defended", *TINY, "--set", "max_epochs=2", "--defend", "fisher:0.01", "--defend", "noise:0.1"]
+    trained = sbiplat(*words, cwd=place)
+    assert trained.returncode == 0, trained.stderr
+    assert json.loads((place / "defended" / "run.json").read_text())["training"]["defend"] == ["noise:0.1", "fisher:0.01"]
+    by_set = sbiplat("train", "b", "--out", "defended", *TINY, "--set", "max_epochs=2", "--set", 'defend=["fisher:0.01", "noise:0.1"]', cwd=place)
+    assert by_set.returncode == 0, by_set.stderr
+    line = mistake(sbiplat("train", "b", "--out", "no", *TINY, "--defend", "fisher", cwd=place))
+    assert line == "error: defend = 'fisher': expected fisher:WEIGHT, a number above 0, such as fisher:0.1"
+    assert not (place / "no").exists()

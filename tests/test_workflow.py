@@ -357,6 +357,7 @@ MISTAKES = [
     (WORKFLOW.replace('flow = "gaussian"', 'flow = "nfs"'), "[train] flow = 'nfs': expected text, one of nsf"),
     (WORKFLOW.replace("[32]", '"wide"'), "[train] embedding_hidden = 'wide': expected a list of whole numbers"),
     (WORKFLOW.replace("max_epochs = 30", "max_epochs = 0.5"), "[train] max_epochs = 0.5"),
+    (table("train", 'defend = "fisher"'), "[train] defend = 'fisher': expected fisher:WEIGHT"),
     (table("train", 'embedding = "gone.py:Net"'), "[train] embedding"),
     (table("train", 'embedding = "no_such"'), "[train] no embedding is called 'no_such'"),
     (table("train", 'embedding = "cnn2d"'), "[train] embedding = cnn2d takes an array of shape (H, W) or (C, H, W)"),

@@ -178,12 +178,14 @@ def train(
     assignments: Set = None,
     seed: MaybeSeed = None,
     simulator: Signals = None,
+    defend: Annotated[list[str] | None, typer.Option(help="Train against changes of x: fisher:WEIGHT, noise:SCALE or adversarial:EPS; may "
+                                                     "be given again.")] = None,
     tune: Annotated[int | None, typer.Option(help="Search settings by so many trials, and keep the best one's run; what --config and --set "
                                              "give is not searched. A table [search] in the config replaces the search space.")] = None,
     as_json: Json = False,
 ) -> None:
     """Train an estimator on a bank; resumes. With --tune, first find its settings."""
-    settings = _settings(config, "train", assignments, estimator=estimator, seed=seed)
+    settings = _settings(config, "train", assignments, estimator=estimator, seed=seed, defend=defend or None)
     if tune is None:
         from sbiplat.training.trainer import train as train_run
 

@@ -41,7 +41,8 @@ class Estimator(nn.Module):
     `posteriors.of_run`. training_defaults: what training takes where the user says nothing, such as `ema` and the number of steps.
     most_failed: the largest share of failed rows of a bank that it may leave out. made_by: how its runs are made where `train` does not.
     search: what tuning tries where the user says nothing. of_the_loss: settings on which the meaning of the loss depends, so that no
-    search may compare losses over them.
+    search may compare losses over them. defences: the kinds of `training.defence` that it can be trained with. draws_itself: whether
+    the theta of `fisher_root` are draws of its own law, and the root the log-density of that, so that they change with its weights.
     """
 
     settings_class: ClassVar[type]
@@ -51,6 +52,8 @@ class Estimator(nn.Module):
     training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.999, "steps": 4000}
     search: ClassVar[Space] = {"learning_rate": LEARNING_RATES}
     of_the_loss: ClassVar[tuple[str, ...]] = ()
+    defences: ClassVar[tuple[str, ...]] = ("noise",)
+    draws_itself: ClassVar[bool] = False
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -86,6 +89,18 @@ class Estimator(nn.Module):
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The training loss of each row, (B,), for prepared x."""
+        raise NotImplementedError
+
+    def fisher_root(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        """A random number r a row, (B,), of pairs (theta, prepared x), with E |dr/dx|^2 = tr F(x): see `training.defence`."""
+        raise NotImplementedError
+
+    def nat(self) -> float:
+        """What the loss rises by, about, where the posterior is a nat worse."""
+        return 1.0
+
+    def units(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The fields of prepared x that hold x and may be disturbed, each with its features' scales, from rows of the bank as prepared."""
         raise NotImplementedError
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sbiplat.estimators.base import Architecture, Estimator
 from sbiplat.nets import embeddings
 from sbiplat.nets.regression import Regression
-from sbiplat.nets.standardise import Standardise
+from sbiplat.nets.standardise import Standardise, robust_scale
 from sbiplat.settings import setting
 
 
@@ -43,6 +43,7 @@ class Conditioned(Estimator):
     """Base of estimators of theta given the context s(x); they work on z, theta in R^D at unit scale."""
 
     settings_class = ConditionedSettings
+    defences = ("fisher", "noise", "adversarial")
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)
@@ -68,6 +69,12 @@ class Conditioned(Estimator):
 
     def prepare_differentiably(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return embeddings.prepare(self.embedding, self.spec, self.standardise(x))
+
+    def units(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """1 where prepared x is standardised; of summaries, and of what an embedding takes as it is, the robust scale. No masks."""
+        masks, plain = embeddings.masks_of(self.embedding).values(), embeddings.unscaled(self.embedding, self.spec)
+        return {k: torch.as_tensor(robust_scale(v.cpu().numpy())[1], dtype=torch.float32) if k in plain else torch.ones(())
+                for k, v in x.items() if k not in masks}
 
     def context(self, x: dict[str, Tensor]) -> Tensor:
         """Of prepared x, (B, C): what the embedding makes of it, and the regression's mean in the last D columns."""

@@ -11,6 +11,17 @@ diffusion or an interpolant is this one with the noise level :math:`s = \sigma /
 2022): paths differ in which s they train on, and how they weigh them. From F follow, with y = w + s e,
 
 .. math:: D = \mathbb{E}[w \,|\, y] = \cos t \; z_t + \sin t \; F, \qquad \nabla_y \log p_s(y) = \frac{D - y}{s^2} .
+
+How much the posterior depends on x follows too. The divergence of two laws is the integral over the noise level of how far their
+denoisers are apart (Verdu, 2010; by de Bruijn's identity),
+:math:`\mathrm{KL}(p \| p') = \int_0^\infty s^{-3} \, \mathbb{E}_p \| D_s(y) - D'_s(y) \|^2 \, ds`. For x and x + dx it is
+:math:`\frac12 dx^\top F dx` to second order, and so the posterior's Fisher information in x has the trace
+
+.. math:: \mathrm{tr} \, F(x) = 2 \int_0^\infty \mathbb{E} \, \| \partial_x D_s \|^2 \, \frac{ds}{s^3}
+          = 2 \int_0^{\pi / 2} \cot t \; \mathbb{E} \, \big\| \partial_x ( \sin t \; L^{-1} m(x) + F(z_t, t, c(x)) ) \big\|^2 \, dt ,
+
+the slopes taken with y in z's own coordinates held fast, where m and L are the regression's. Levels are drawn half uniform in t and half in
+log s, and the norms are estimated by random signs (Hutchinson).
 """
 
 from __future__ import annotations
@@ -80,6 +91,27 @@ class Denoising(Conditioned):
     def score(self, y: Tensor, s: Tensor, conditions: Tensor) -> Tensor:
         """The gradient of log p_s(y)."""
         return (self.denoise(y, s, conditions) - y) / s.square()
+
+    def fisher_root(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        """The root of the last equation of the module's docstring, at `noises` levels a row; theta is a draw of the posterior."""
+        context, count = self.context(x), self.settings.noises
+        shape, mean = (len(theta), count, 1), context[:, None, -self.dim:]
+        u = (torch.rand(len(theta), 1, 1, device=theta.device) + torch.arange(count, device=theta.device)[:, None] / count) % 1
+        log_range = math.log(MOST / LEAST)
+        t = torch.where(torch.rand(shape, device=u.device) < 0.5, 0.5 * math.pi * u, torch.exp(math.log(LEAST) + u * log_range).atan())
+        t = t.clamp(math.atan(LEAST), math.atan(MOST))
+        weight = 2 * t.cos() / t.sin() / (1 / math.pi + 0.5 / (t.sin() * t.cos() * log_range)) / count
+        noise = torch.randn(len(theta), count, self.dim, device=theta.device)
+        with torch.no_grad():
+            y = self.regression.unwhiten(self.whiten(theta, context)[:, None] + t.tan() * noise, mean)
+        F = self.velocity_back(t.cos() * self.regression.whiten(y, mean), t, self.field.conditions(context))
+        signs = 2.0 * torch.randint(0, 2, noise.shape, device=theta.device) - 1
+        return (weight.sqrt() * signs * (t.sin() * (mean @ self.regression.inverse.mT) + F)).sum((1, 2))
+
+    def nat(self) -> float:
+        """What the loss rises by where N(0, I) is learnt displaced by a nat, a length of sqrt 2: F is then off by sin t times that."""
+        s = self.levels((torch.arange(4096) + 0.5) / 4096).clamp(LEAST, MOST)
+        return float((2 * self.weight(s) * s.atan().sin().square()).mean())
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The field's weighted squared error, (B,)."""

@@ -39,6 +39,9 @@ class Ensemble(Estimator):
         """The contexts of all members side by side, (B, K C): summaries of x."""
         return torch.cat([member.context(x) for member in self.members], dim=1)
 
+    def units(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.members[0].units(x)
+
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The mean of the members' losses, (B,)."""
         return torch.stack([member.loss(theta, x) for member in self.members]).mean(0)

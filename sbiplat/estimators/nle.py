@@ -85,6 +85,9 @@ class NLE(Tractable):
         return {"x": torch.where(self.varies, values, 0.0), "log_det": torch.where(self.varies, slopes, 0.0).sum(1).float(),
                 "unit": torch.where(self.whole, slopes.exp(), 0.0).float()}
 
+    def units(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"x": torch.ones(())}
+
     def observed(self, x: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         return x["x"], x["log_det"]
 

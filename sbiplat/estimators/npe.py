@@ -38,6 +38,7 @@ class NPE(Conditioned):
 
     settings: NPESettings
     settings_class = NPESettings
+    draws_itself = True
     search = {"flow": ("nsf", "maf", "coupling_nsf"), "transforms": Interval(2, 6), "hidden": ((32, 32), (64, 64), (128, 128)),
               "learning_rate": LEARNING_RATES}
 
@@ -55,6 +56,14 @@ class NPE(Conditioned):
     def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """n unconstrained draws for each of B contexts (B, C): (B, n, D)."""
         return self.unwhiten(self.density.sample(context, n, generator), context[:, None])
+
+    def fisher_root(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        """log q(theta' | x) of one draw theta' of q a row, whatever theta."""
+        context = self.context(x)
+        with torch.no_grad():
+            generator = torch.Generator(context.device).manual_seed(int(torch.randint(2**62, ())))
+            draws = self.sample(context.detach(), 1, generator)[:, 0]
+        return self.log_prob(draws, context)
 
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         return -self.log_prob(theta, self.context_of(theta, x))

@@ -84,6 +84,10 @@ class NRE(Conditioned, Tractable):
         z, w = torch.broadcast_tensors(z, soft_clip(w))
         return self.last(self.blocks(self.of_theta(torch.cat([z, w], -1)) + self.of_context(context)))[..., 0]
 
+    def fisher_root(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        """log r(theta, x), whose slope in x is that of the posterior's log-density; theta is a draw of the posterior."""
+        return self.log_likelihood(theta, self.context(x))
+
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         """The contrastive loss of each row, the batch's balance, and the proposal's negative log-likelihood, (B,)."""
         if self.training and len(theta) < 2:

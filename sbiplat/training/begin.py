@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from sbiplat.settings import setting, whole_seed
 from sbiplat.settings import split as split_settings
 from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
+from sbiplat.training.defence import checked
 
 DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bf16")
@@ -53,6 +54,7 @@ class TrainSettings:
     held_out_most: int | None = setting(
         None, "at most so many rows for each of the two; by default 5000, fewer where they would take over an eighth of memory_mb", low=10)
     memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
+    defend: tuple[str, ...] = setting((), "defences against changes of x: fisher:WEIGHT, noise:SCALE, adversarial:EPS")
     smooth: float = setting(
         0.0, "exponential smoothing of the validation losses that patience looks at; 0: none", low=0.0, high=0.999)
     accumulate: int = setting(1, "pieces of a batch whose gradients add up to one step's: less memory, the same step", low=1, high=65536)
@@ -125,6 +127,7 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
         values["embedding"] = embeddings.register(values["embedding"])
     ours, theirs = split_settings(values, TrainSettings, kind.settings_class)
     training = filled(build_settings(TrainSettings, ours), bank, kind.training_defaults)
+    training = replace(training, defend=checked(training.defend, estimator, kind))
     prior, shape = bank.header.prior, build_settings(kind.settings_class, theirs)
     observe = observe_of(bank, simulator, f"sbiplat train {bank.path}")
     architecture = Architecture(estimator, shape, prior.dim, observe.x if observe else bank.header.x, prior.gaussianised)

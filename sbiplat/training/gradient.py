@@ -21,13 +21,17 @@ from sbiplat.bank.stream import take
 from sbiplat.errors import SettingError
 from sbiplat.estimators.base import Estimator
 from sbiplat.training.begin import TrainSettings
+from sbiplat.training.defence import Defence
 
 
 class Gradient:
-    """Called with a batch, adds the gradient of its mean loss to the parameters' `grad` and returns that loss, a scalar tensor."""
+    """Called with a batch, adds the gradient of its mean loss to the parameters' `grad` and returns that loss, a scalar tensor.
 
-    def __init__(self, estimator: Estimator, settings: TrainSettings) -> None:
-        self._pieces, self._compiled = settings.accumulate, settings.compile
+    defence: what disturbs x on its way to the loss.
+    """
+
+    def __init__(self, estimator: Estimator, settings: TrainSettings, defence: Defence | None = None) -> None:
+        self._pieces, self._compiled, self._defence = settings.accumulate, settings.compile, defence
         if settings.precision == "bf16":
             for layer in estimator.modules():
                 if isinstance(layer, nn.Linear | _ConvNd):
@@ -45,8 +49,11 @@ class Gradient:
         return torch.stack(losses).sum()
 
     def _add(self, piece: dict[str, Any], share: float) -> Tensor:
+        theta, x = piece["theta"], piece["x"]
+        if self._defence is not None:
+            x = self._defence.disturbed(theta, x)
         try:
-            loss = self._loss(piece["theta"], piece["x"]).mean() * share
+            loss = self._loss(theta, x).mean() * share
             loss.backward()
         except RuntimeError as error:
             if self._compiled and _of_compiler(error):

@@ -42,6 +42,7 @@ from sbiplat.signals import Interrupted, Signals, Stopped
 from sbiplat.simulator import Simulator
 from sbiplat.training import checkpoint
 from sbiplat.training.begin import Plan, TrainSettings, check_bank, check_place, plan, same_training
+from sbiplat.training.defence import Defence
 from sbiplat.training.gradient import Gradient, check_compiler
 
 SCALE_ROWS = 50_000
@@ -128,18 +129,21 @@ class _Training:
         for part in self.estimator.modules():
             if isinstance(part, Estimator):
                 part.rows_were_fitted = observe is None and len(scale["theta"]) >= apart.training_rows  # with observe, x is another
+        ready = self.estimator.prepare(scale["x"]) if settings.defend else {}
+        self.defence = Defence(settings.defend, self.estimator, ready, settings.accumulate).to(self.device)
         self.estimator.to(self.device)
         self.validation = self._prepared(pairs_at(bank, apart.validation))
         self.resident = None
         if self.batches.resident:  # with observe, x is made anew for every batch
             self.resident = self._tensors(self.batches.release()) if observe else self._prepared(self.batches.release())
-        self.gradient = Gradient(self.estimator, settings)
+        self.gradient = Gradient(self.estimator, settings, self.defence)
         self.parameters = [p for p in self.estimator.parameters() if p.requires_grad]
         self.optimizers = _optimizers(self.parameters, settings)
         self.total_steps = settings.max_epochs * self.batches.per_epoch
         self.average = {k: v.detach().clone() for k, v in self.estimator.state_dict().items()} if settings.ema else None
         self.averaged = _homes(self.estimator) if settings.ema else {}
         self.best: dict[str, Tensor] = self._weights()
+        self.apart: dict[str, float] = {}  # what the last validation loss is made of, where there is a defence
         self.state: dict[str, Any] = {
             "epoch": 0, "step_in_epoch": 0, "step": 0, "best_loss": math.inf, "best_epoch": -1,
             "smoothed": math.inf, "least_smoothed": math.inf, "least_epoch": -1, "rate_factor": 1.0,
@@ -223,6 +227,7 @@ class _Training:
         for parameter in self.parameters:
             parameter.grad = None
         loss = self.gradient(batch)
+        loss = loss + self.defence.add_gradient(batch["theta"], batch["x"], state["step"])
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         value, size = torch.stack([loss, norm]).tolist()  # together: a GPU is waited for once a step
@@ -271,6 +276,7 @@ class _Training:
             "validation_loss": validation if math.isfinite(validation) else None,
             "learning_rate": self.optimizers[0].param_groups[0]["lr"], "seconds": round(state["seconds"], 3),
             "skipped_steps": state["skipped"], "recoveries": state["recoveries"],
+            **{k: v if math.isfinite(v) else None for k, v in self.apart.items()},
             **({"smoothed_loss": state["smoothed"] if math.isfinite(state["smoothed"]) else None} if self.settings.smooth else {}),
         }
         with files.disk_errors(self.run.path / "metrics.jsonl"), (self.run.path / "metrics.jsonl").open("a") as file:
@@ -301,21 +307,37 @@ class _Training:
             self._show(record["epoch"], best)
 
     def _validation_loss(self) -> float:
-        """Mean validation loss of the weights that would be kept, with its own fixed random stream."""
+        """Mean validation loss of the weights that would be kept, with what defends them, and its own fixed random stream."""
         current = {k: v.clone() for k, v in self.estimator.state_dict().items()} if self.average is not None else None
         if self.average is not None:
             self.estimator.load_state_dict(self.average)
         self.estimator.eval()
         generator_state = torch.get_rng_state()
         torch.manual_seed(_epoch_seed(self.run.seed, -1))
-        with torch.no_grad():
-            losses = [self.estimator.loss(theta, {k: v[a:a + len(theta)] for k, v in self.validation["x"].items()})
-                      for a, theta in ((a, self.validation["theta"][a:a + 4096]) for a in range(0, len(self.validation["theta"]), 4096))]
+        value = self._mean_loss(disturbed=False)
+        if self.defence:
+            # What is watched is what is trained, on the same draws every epoch: of the plain loss alone the least may be that of the
+            # first epochs, whose weights are still undefended.
+            self.apart = {"plain_loss": value}
+            if self.defence.disturbances:
+                value = self._mean_loss(disturbed=True)
+            if self.defence.fisher:
+                self.apart["fisher_trace"] = self.defence.trace(self.validation["theta"], self.validation["x"])
+                value += self.defence.fisher.weight * self.apart["fisher_trace"]
         torch.set_rng_state(generator_state)
         if current is not None:
             self.estimator.load_state_dict(current)
-        value = float(torch.cat(losses).double().mean())
         return value if math.isfinite(value) else math.inf
+
+    @torch.no_grad()
+    def _mean_loss(self, disturbed: bool) -> float:
+        """Of the validation rows, as they are or as the defence disturbs them."""
+        losses = []
+        for a in range(0, len(self.validation["theta"]), 4096):
+            part = take(self.validation, slice(a, a + 4096))
+            x = self.defence.disturbed(part["theta"], part["x"]) if disturbed else part["x"]
+            losses.append(self.estimator.loss(part["theta"], x))
+        return float(torch.cat(losses).double().mean())
 
     # ------------------------------------------------------------------------------------------------------- state
 

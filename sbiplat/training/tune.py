@@ -46,7 +46,7 @@ STATES = ("running", "complete", "pruned", "diverged")
 HALVING = 2
 STARTUP_TRIALS = 8  # drawn from the whole space before proposals learn from losses
 # Of training: settings by which validation losses are of other rows, or are not to be compared at one epoch; and those that change nothing.
-NOT_SEARCHED = ("validation", "held_out", "held_out_most", "max_epochs", "patience", "smooth", "memory_mb", "compile", *PRACTICAL)
+NOT_SEARCHED = ("validation", "held_out", "held_out_most", "max_epochs", "patience", "smooth", "defend", "memory_mb", "compile", *PRACTICAL)
 
 
 def tune(

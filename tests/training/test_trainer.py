@@ -45,11 +45,12 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(line_bank, tmp
 @pytest.mark.parametrize("settings", [
     {}, {"ema": 0.99}, {"optimizer": "muon", "embedding_hidden": [64, 64]}, {"memory_mb": 1.0, "flow": "nsf", "transforms": 1}, {"flow": "mog"},
     {"estimator": "npse"}, {"estimator": "fmpe"}, {"estimator": "nle"}, {"estimator": "nre", "hidden": 32, "balance": 100.0},
+    {"defend": ["fisher:0.1", "noise:0.1"]}, {"estimator": "npse", "defend": ["fisher:0.1", "adversarial:0.2"], "ema": 0.0},
     {"members": 2}, {"flow": "cnf", "trace": "hutchinson", "ode_steps": 2},
     {"accumulate": 3}, {"estimator": "npse", "accumulate": 2},
     {"precision": "bf16", "flow": "nsf", "transforms": 1}, {"smooth": 0.8, "patience": 1, "learning_rate": 0.05},
     pytest.param({"compile": True, "estimator": "npse", "blocks": 1, "precision": "bf16", "accumulate": 3}, marks=pytest.mark.science),
-], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle", "nre", "ensemble", "cnf", "accumulate", "npse accumulate", "bf16",
+], ids=["adamw", "ema", "muon", "streamed", "mog", "npse", "fmpe", "nle", "nre", "defended", "npse defended", "ensemble", "cnf", "accumulate", "npse accumulate", "bf16",
         "smooth", "compile"])
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(line_bank, tmp_path, monkeypatch, settings):
     settings = {"max_epochs": 3, **settings}
@@ -96,7 +97,7 @@ def test_a_finished_run_is_returned_at_once_and_other_settings_are_refused(line_
 def test_a_run_of_before_a_setting_was_trained_with_its_default(line_bank, line_run, tmp_path):
     shutil.copytree(line_run.path, tmp_path / "run")
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    for name in ("smooth", "accumulate", "precision", "compile"):
+    for name in ("smooth", "accumulate", "precision", "compile", "defend"):
         del record["training"][name]
     files.write_json(tmp_path / "run" / "run.json", record)
     assert train(line_bank, tmp_path / "run").weights_digest == line_run.weights_digest

@@ -29,7 +29,7 @@ from sbiplat.nets.embeddings.shape import Shape
 from sbiplat.observation import ObservationSpec
 
 __all__ = ["ACTIVATIONS", "BUILT_IN", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of",
-           "numbers", "of_user", "prepare", "register", "seed_bases", "shared_axes", "source_digest", "width_of"]
+           "numbers", "of_user", "prepare", "register", "seed_bases", "shared_axes", "source_digest", "unscaled", "width_of"]
 
 MOST_NUMBERS = 512
 Size = tuple[int, ...]
@@ -160,6 +160,15 @@ def shared_axes(embedding: nn.Module, spec: ObservationSpec) -> dict[str, Size |
         return {f: shared_axes(nets[f], _alone(spec, f))["x"] if f in nets else None for f in spec.shapes}
     axes = embedding.shared_axes if isinstance(embedding, _SCALED_TOGETHER) else ()
     return dict.fromkeys(spec.shapes, axes if getattr(embedding, "standardise", True) else None)
+
+
+def unscaled(embedding: nn.Module, spec: ObservationSpec) -> set[str]:
+    """The fields of prepared x that are no standardised x: an embedding's summaries, and what it takes as it is."""
+    if isinstance(embedding, Fused):
+        return {f for f, net in embedding.by_field().items() if unscaled(net, _alone(spec, f))}
+    if hasattr(embedding, "summaries"):
+        return {"x"}
+    return set() if getattr(embedding, "standardise", True) else set(spec.shapes)
 
 
 def masks_of(embedding: nn.Module) -> dict[str, str]:
