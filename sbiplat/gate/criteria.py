@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sbiplat.diagnostics.examined import Examined
+from sbiplat.errors import SettingError
 from sbiplat.gate import calibration
 from sbiplat.gate.criterion import Part
+from sbiplat.settings import build
 
 NOT_TESTED = ("robustness", "misspecification")
 
@@ -22,4 +24,12 @@ class Criteria(calibration.CalibrationCriteria):
 
 
 PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (calibration.examine,)
-LEVELS: Mapping[str, Mapping[str, Any]] = {"draft": {"pairs": 200}, "standard": {}, "publication": {"pairs": 5000}}
+DRAFT = "draft"  # for early sight: opens no door
+LEVELS: Mapping[str, Mapping[str, Any]] = {DRAFT: {"pairs": 200}, "standard": {}, "publication": {"pairs": 5000, "least_pairs": 5000}}
+
+
+def at_level(level: str, settings: Mapping[str, Any]) -> Criteria:
+    """The criteria of a level, with settings of one's own over them; raises SettingError."""
+    if level not in LEVELS:
+        raise SettingError(f"level = {level!r}: expected one of {', '.join(LEVELS)}")
+    return build(Criteria, {**LEVELS[level], **settings})
