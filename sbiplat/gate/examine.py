@@ -55,7 +55,7 @@ def gate(
 
     n: pairs, by default those of the level or as many as were held out. level: draft, standard or publication; a draft opens no door, and
     never replaces a certificate that holds. simulator: of a bank of signals, as for `train`. key: file of an Ed25519 key that signs.
-    workers: local processes; under mpiexec the ranks count. The figures are the same on any number of either.
+    workers: local processes, of one thread each; under mpiexec the ranks count. The figures are the same on any number of either.
     thresholds: fields of `Criteria` by name, which go before the level's.
     """
     comm = mpi_world()
@@ -81,11 +81,14 @@ def gate(
 
 
 def workers_on(device: str, workers: int) -> int:
-    """A number of local processes; raises SettingError for what is none, or where the device is not theirs to share."""
+    """A number of local processes; raises SettingError for what is none, or where they cannot share the work alike."""
     if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
         raise SettingError(f"workers must be a whole number of at least 1, got {workers!r}")
     if workers > 1 and torch.device(device).type != "cpu":
         raise SettingError(f"workers = {workers} are processes on the cpu; on {device} leave them out")
+    if workers > 1 and torch.get_num_threads() > 1:  # forked, they would lack the threads of this process, and round otherwise
+        raise SettingError(f"workers = {workers} are processes of one thread each, and this one has {torch.get_num_threads()}: set "
+                           "OMP_NUM_THREADS=1 or torch.set_num_threads(1) before, or leave workers out")
     return workers
 
 

@@ -128,7 +128,7 @@ def fault(content: Mapping[str, Any]) -> str:
     except RecursionError:
         return "it is nested too deeply"
     if content["passed"] != all(c["passed"] for c in content["criteria"]):
-        return "passed: it does not agree with the criteria"
+        return "its verdict does not agree with its criteria"
     return ""
 
 

@@ -237,7 +237,7 @@ def _again(
     where, gap = worst({"": content["figures"]}, {"": found["figures"]})
     if gap > allowed:
         return Check("again", FAILS, f"the gate, run again from the seeds, finds another {where}, by {gap:.2g} (tolerance {allowed:g})")
-    ours = "this is the same machine and code" if same else "on another machine, code or version"
+    ours = "on the same machine and code" if same else "the machine, its threads, the code or a version is another"
     how = "the same figures to the last bit" if gap == 0 else f"the same figures within {allowed:g} (most in {where}, by {gap:.2g}; {ours})"
     return Check("again", HOLDS, f"the gate, run again from the seeds, reached the same verdicts and {how}")
 

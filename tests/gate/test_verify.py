@@ -10,21 +10,31 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from conftest import QUICK
 
 import sbiplat as sp
-from sbiplat import files
+from sbiplat import cli, files
 from sbiplat.errors import Uncertified, UserError
 from sbiplat.gate import schema, signature
 from sbiplat.gate.certificate import Certificate, hashed
 from sbiplat.gate.verify import sign, worst
+from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import silent
 
 BIN = Path(sys.executable).parent
 
 
-def sbiplat(*words, cwd):
-    return subprocess.run([BIN / "sbiplat", *map(str, words)], capture_output=True, text=True, cwd=cwd, timeout=120)
+@pytest.fixture
+def command(clone, monkeypatch, capsys):
+    """A command in this process, in the clone's folder: (exit code, standard output, standard error)."""
+    def run(*words):
+        monkeypatch.chdir(clone)
+        monkeypatch.setattr(sys, "argv", ["sbiplat", *map(str, words)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
 
 
 def outcomes(found):
@@ -111,15 +121,24 @@ def break_run(clone):
     path.write_text(path.read_text().replace('"learning_rate"', '"learning_rate_"', 1))
 
 
-@pytest.mark.parametrize(("damage", "check"), [
-    (break_weights, "run"), (break_bank, "bank"), (break_diagnostics, "diagnostics"), (break_certificate, "sha256"), (break_json, "form"),
-    (break_run, "run"),
-])
+DAMAGES = [(break_weights, "run"), (break_bank, "bank"), (break_certificate, "sha256"), (break_diagnostics, "diagnostics"),
+           (break_json, "form"), (break_run, "run")]
+
+
+@pytest.mark.parametrize(("damage", "check"), DAMAGES)
 def test_one_changed_byte_fails_and_is_named(clone, damage, check):
     before = {p: p.read_bytes() for p in clone.rglob("*") if p.is_file()}
     damage(clone)
     assert sum(p.read_bytes() != data for p, data in before.items()) == 1
-    done = sbiplat("certificate", "verify", "run", "--json", cwd=clone)
+    found = sp.verify(clone / "run", progress=silent)
+    assert [c.name for c in found.failed] == [check]
+    assert found.exit_code == 4
+
+
+@pytest.mark.parametrize(("damage", "check"), DAMAGES[:3])
+def test_the_command_in_a_process_of_its_own_exits_4_where_a_byte_was_changed(clone, damage, check):
+    damage(clone)
+    done = subprocess.run([BIN / "sbiplat", "certificate", "verify", "run", "--json"], capture_output=True, text=True, cwd=clone, timeout=120)
     assert done.returncode == 4, done.stderr
     told = json.loads(done.stdout)
     assert [c["name"] for c in told["checks"] if c["outcome"] == "fails"] == [check]
@@ -138,20 +157,20 @@ def test_the_banks_own_hashes_are_not_believed(clone):
     assert sp.Bank.open(path.parents[1]).digest_of_bytes() != json.loads((clone / "run" / "certificate.json").read_text())["digests"]["bank"]
 
 
-def test_a_bank_of_another_simulator_with_the_same_rows_fails(clone):
-    path = clone / "bank" / "bank.json"
-    path.write_text(path.read_text().replace('"name": "line"', '"name": "lime"'))
+def test_a_certificate_that_names_another_simulator_than_the_bank_fails(clone):
+    change(clone / "run" / "certificate.json", lambda c: c["simulator"].update(name="lime"))
     assert "names another simulator" in {c.name: c.statement for c in sp.verify(clone / "run", progress=silent).failed}["bank"]
 
 
-def test_the_command_holds_and_shows(clone):
-    done = sbiplat("certificate", "verify", "run", cwd=clone)
-    assert done.returncode == 0, done.stdout
-    assert "run/certificate.json: holds (unchecked: signature), and says: certified (standard)" in done.stdout
-    shown = sbiplat("certificate", "show", "run", cwd=clone)
-    assert shown.returncode == 0
-    assert "coverage TARP" in shown.stdout
-    assert json.loads(sbiplat("certificate", "show", "run", "--json", cwd=clone).stdout)["level"] == "standard"
+def test_the_commands_tell_that_it_holds_and_show_it(command):
+    code, said, _ = command("certificate", "verify", "run")
+    assert code == 0
+    assert "run/certificate.json: holds (unchecked: signature), and says: certified (standard)" in said
+    code, said, _ = command("certificate", "show", "run")
+    assert code == 0
+    assert "coverage TARP" in said
+    assert json.loads(command("certificate", "show", "run", "--json")[1])["level"] == "standard"
+    assert json.loads(command("certificate", "schema")[1])["title"] == "CertificateForm"
 
 
 @pytest.mark.parametrize(("words", "says"), [
@@ -160,11 +179,11 @@ def test_the_command_holds_and_shows(clone):
     (["verify", "run", "--public-key", "gone"], "no key file at gone"), (["verify", "run", "--tolerance", "-1"], "tolerance must be"),
     (["sign", "run", "--key", "gone"], "no key file at gone"),
 ])
-def test_a_users_mistake_is_one_line_and_exit_2(clone, words, says):
-    done = sbiplat("certificate", *words, cwd=clone)
-    assert done.returncode == 2, (done.stdout, done.stderr)
-    assert says in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_users_mistake_is_one_line_and_exit_2(command, words, says):
+    code, out, told = command("certificate", *words)
+    assert code == 2, out + told
+    assert says in told
+    assert told.count("\n") == 1
 
 
 def test_a_refusal_that_holds_is_no_certificate(clone):
@@ -287,14 +306,11 @@ def test_a_signature_moved_to_another_certificate_fails(clone, keys):
     assert [c.name for c in sp.verify(clone / "run", progress=silent).failed] == ["signature"]
 
 
-def test_the_gate_signs_and_the_commands_do(clone, keys):
-    done = sbiplat("gate", "run", "--n", 300, "--key", keys / "site.key", cwd=clone)
-    assert done.returncode == 0, done.stderr
-    done = sbiplat("certificate", "verify", "run", "--public-key", keys / "site.key.pub", cwd=clone)
-    assert done.returncode == 0, done.stdout
-    done = sbiplat("certificate", "sign", "run", "--key", keys / "other.key", "--json", cwd=clone)
-    assert json.loads(done.stdout)["signed_by"].startswith("SHA256:")
-    assert sbiplat("certificate", "verify", "run", "--public-key", keys / "site.key.pub", cwd=clone).returncode == 4
+def test_the_gate_signs_and_the_commands_do(command, keys):
+    assert command("gate", "run", "--n", 300, "--key", keys / "site.key")[0] == 0
+    assert command("certificate", "verify", "run", "--public-key", keys / "site.key.pub")[0] == 0
+    assert json.loads(command("certificate", "sign", "run", "--key", keys / "other.key", "--json")[1])["signed_by"].startswith("SHA256:")
+    assert command("certificate", "verify", "run", "--public-key", keys / "site.key.pub")[0] == 4
 
 
 def test_openssl_and_ssh_agree(clone, keys, tmp_path):
@@ -395,7 +411,7 @@ def test_the_published_schema_is_the_one_that_is_held_against():
     (lambda c: c.pop("level"), "level"), (lambda c: c.update(level="best"), "level"), (lambda c: c.update(more=1), "more"),
     (lambda c: c["criteria"][0].update(passed="yes"), "criteria.0.passed"), (lambda c: c["digests"].update(weights="short"), "digests.weights"),
     (lambda c: c["criteria"].clear(), "criteria"), (lambda c: c["valid_for"].update(observations=5), "valid_for.observations"),
-    (lambda c: c.update(passed=False), "passed"), (lambda c: c["seeds"].update(gate=-1), "seeds.gate"), (lambda c: c.update(figures=[]), "figures"),
+    (lambda c: c.update(passed=False), "its verdict does not agree"), (lambda c: c["seeds"].update(gate=-1), "seeds.gate"), (lambda c: c.update(figures=[]), "figures"),
     (lambda c: c.update(signature={"algorithm": "rsa"}), "signature"), (lambda c: c.update(format_version=1), "certificate format 1"),
     (lambda c: c.update(format_version=[[[]]] * 1000), "certificate format"), (lambda c: c.update(created="today"), "created"),
 ])
@@ -431,7 +447,7 @@ def test_the_canonical_form_is_the_documented_one():
 # ----------------------------------------------------------------------------------------------------------- levels
 
 
-def test_a_draft_that_passes_opens_no_door(clone):
+def test_a_draft_that_passes_opens_no_door(clone, command):
     (clone / "run" / "certificate.json").unlink()
     draft = sp.gate(clone / "run", level="draft", progress=silent)
     assert draft.passed
@@ -441,10 +457,10 @@ def test_a_draft_that_passes_opens_no_door(clone):
         sp.load(clone / "run")
     assert sp.load(clone / "run", allow_uncertified=True).provenance["certified"] == "no"
     assert sp.verify(clone / "run", progress=silent).exit_code == 4
-    done = sbiplat("gate", "run", "--level", "draft", cwd=clone)
-    assert done.returncode == 0
-    assert "passed as a draft, which certifies nothing" in done.stdout
-    assert sbiplat("gate", "run", cwd=clone).returncode == 0
+    code, said, _ = command("gate", "run", "--level", "draft")
+    assert code == 0
+    assert "passed as a draft, which certifies nothing" in said
+    assert command("gate", "run")[0] == 0
     assert sp.load(clone / "run").provenance["level"] == "standard"
 
 
@@ -458,7 +474,7 @@ def test_a_draft_replaces_no_certificate_that_holds(clone):
 
 
 def test_a_publication_wants_its_pairs(clone):
-    """The bank has 1000 held-out rows: they certify at the standard level and not for a publication."""
+    """The bank has 600 held-out rows: they certify at the standard level and not for a publication."""
     certificate = sp.gate(clone / "run", level="publication", progress=silent)
     assert [c.name for c in certificate.failed] == ["pairs"]
     assert certificate.own_thresholds == ""
@@ -477,15 +493,18 @@ def test_an_unknown_level_is_one_line(clone):
 
 def test_what_is_changed_after_the_gate_is_said(line_bank, tmp_path):
     """Another prior, or several observations: the certificate is not theirs, and their draws say so."""
-    run = sp.train(line_bank, "nle", out=tmp_path / "run", progress=silent, **{**QUICK, "max_epochs": 2})
-    sp.gate(run, n=200, draws=500, progress=silent)
-    posterior = sp.load(run, allow_uncertified=True)
+    run = sp.train(line_bank, "nle", out=tmp_path / "run", progress=silent, flow="gaussian", max_epochs=1, batch_size=256)
+    posterior = from_run(run, certified="yes", certificate="0" * 64)
     other = posterior.with_prior(sp.Prior({"slope": sp.Normal(1.0, 1.0), "offset": sp.Normal(0.0, 1.0)}))
     assert (other.provenance["certified"], other.provenance["certificate"]) == ("no", None)
     assert "prior was changed" in other.provenance["refusal"]
     assert posterior.iid(3).provenance["certified"] == "no"
-    assert json.loads((run.path / "certificate.json").read_text())["valid_for"] == {
-        "observations": 1, "parameters": ["slope", "offset"], "device": "cpu"}
+
+
+def test_what_it_is_valid_for_is_in_it(clone):
+    content = json.loads((clone / "run" / "certificate.json").read_text())
+    assert content["valid_for"] == {"observations": 1, "parameters": ["slope", "offset"], "device": "cpu"}
+    assert content["counts"] == {"bank_rows": 6000, "held_out_rows": 600, "left_out_rows": 0}
 
 
 def test_another_device_is_said(clone):
