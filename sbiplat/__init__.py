@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sbiplat.gate.examine import gate
     from sbiplat.gate.learning import learning_curve
     from sbiplat.gate.recalibrate import recalibrate
+    from sbiplat.gate.verify import verify
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
     from sbiplat.posteriors.from_sbi import from_sbi
@@ -53,6 +54,7 @@ _HOMES = {
     "sbiplat.gate.examine": ("gate",),
     "sbiplat.gate.learning": ("learning_curve",),
     "sbiplat.gate.recalibrate": ("recalibrate",),
+    "sbiplat.gate.verify": ("verify",),
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
     "sbiplat.posteriors.from_sbi": ("from_sbi",),
@@ -72,7 +74,7 @@ __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
     "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "attack",
     "command_simulator", "from_sbi", "gate", "learning_curve", "load", "nearest", "pairs", "predictive_check",
-    "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune",
+    "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune", "verify",
 ]
 
 

@@ -106,7 +106,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str, error: type[UserError]) -> dict[str, Any]:
     """The JSON object in `path`; `what` names it in the error where it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise error(f"no {what} at {path}") from None
     except (OSError, UnicodeDecodeError, RecursionError) as problem:
@@ -122,6 +122,15 @@ def read_json(path: Path, what: str, error: type[UserError]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"it holds {name}, which is no JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose names all differ: of a name given twice, programs differ in which they read."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        twice = next(name for k, (name, _) in enumerate(pairs) if name in dict(pairs[:k]))
+        raise ValueError(f"it has {twice[:80]!r} twice")
+    return made
 
 
 def canonical(value: Any) -> bytes:

@@ -35,7 +35,7 @@ DOOR = "sbiplat.gate.door:load"  # by name, since it stands above
 
 _KINDS: dict[str, type] = {
     "finished": bool, "seed": int, "training": dict, "bank.digest": str, "bank.rows": int, "bank.path": str, "bank.relative_path": str,
-    "split.digest": str, "split.left_out": int,
+    "split.digest": str, "split.left_out": int, "split.held_out": int,
 }
 
 
@@ -142,13 +142,16 @@ class Run:
     def bank_digest(self) -> str:
         return str(self.record["bank"]["digest"])
 
+    def bank_place(self) -> Path | None:
+        """Where the bank is, if it is where it was or in the same place beside the run."""
+        places = (Path(self.record["bank"]["path"]), self.path / self.record["bank"]["relative_path"])
+        return next((p for p in places if p.exists()), None)
+
     def bank(self, path: str | Path | None = None) -> Bank:
         """The bank that this run was trained on, as it was then; raises BankError where it has changed or is gone."""
-        recorded = self.record["bank"]
-        places = [Path(path)] if path else [Path(recorded["path"]), self.path / recorded["relative_path"]]
-        found = next((p for p in places if p.exists()), None)
-        if found is None:
-            raise BankError(f"the bank of {self.path} is not at {places[0]} any more; say where it is with --bank")
+        recorded, found = self.record["bank"], Path(path) if path else self.bank_place()
+        if found is None or not found.exists():
+            raise BankError(f"the bank of {self.path} is not at {path or recorded['path']} any more; say where it is with --bank")
         bank = Bank.open(found).first(int(recorded["rows"]))
         if bank.digest != self.bank_digest:
             raise BankError(f"{found} is not the bank that {self.path} was trained on: its digest is {bank.digest[:12]}, not "

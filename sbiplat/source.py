@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from sbiplat import files
+
 
 def source_digest(function: Callable[..., Any]) -> str:
     """SHA-256 of the code that decides what a function returns, and of the values that it carries.
@@ -29,6 +31,15 @@ def source_digest(function: Callable[..., Any]) -> str:
     of changed data another --out.
     """
     return hashlib.sha256(_described(function, {}).encode()).hexdigest()
+
+
+@functools.cache
+def code_digest() -> str:
+    """SHA-256 of sbiplat's own code, as it is installed here: of the canonical JSON of {path within the package: SHA-256 of the file},
+    over all its .py files, with line ends as LF."""
+    home = Path(__file__).parent
+    return files.digest_of({p.relative_to(home).as_posix(): files.digest_bytes(p.read_bytes().replace(b"\r\n", b"\n"))
+                            for p in home.rglob("*.py")})
 
 
 def _described(value: Any, seen: dict[int, Any]) -> str:

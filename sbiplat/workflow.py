@@ -12,7 +12,7 @@
     flow = "nsf"
 
     [gate]
-    pairs = 1000
+    level = "standard"
 
     [sample]
     observation = "pulse.csv"
@@ -42,9 +42,10 @@ from sbiplat.diagnostics.predictive import summaries_from
 from sbiplat.errors import BankError, OtherTraining, SettingError, Uncertified, UserError
 from sbiplat.estimators.base import Architecture, find, find_trained_here
 from sbiplat.gate.certificate import Certificate
-from sbiplat.gate.criteria import Criteria
+from sbiplat.gate.criteria import DRAFT, LEVELS, at_level
 from sbiplat.gate.door import load
 from sbiplat.gate.examine import gate as gate_run
+from sbiplat.gate.examine import plain
 from sbiplat.nets import embeddings
 from sbiplat.observation import read_observation
 from sbiplat.posteriors.export import check_target, write_draws
@@ -81,8 +82,9 @@ class TrainTable:
 
 @dataclass(frozen=True)
 class GateTable:
-    """[gate], with the fields of `Criteria`."""
+    """[gate], with the fields of `Criteria`, which go before those of the level."""
 
+    level: str = setting("standard", "how much is tested; a draft certifies nothing", among=tuple(LEVELS))
     seed: int = setting(0, "seed of the gate", low=0)
 
 
@@ -99,19 +101,21 @@ class SampleTable:
 
 @dataclass(frozen=True)
 class Result:
-    """What a workflow did: each stage with "done" or "skipped" and a remark, and the gate's verdict."""
+    """What a workflow did: each stage with "done" or "skipped" and a remark, and the gate's verdict with what refused first."""
 
     out: Path
     stages: tuple[tuple[str, str, str], ...]
     passed: bool
     digests: Mapping[str, str]
+    verdict: str
+    refusal: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        return {"out": str(self.out), "passed": self.passed, "digests": dict(self.digests),
-                "stages": [dict(zip(("stage", "outcome", "remark"), s, strict=True)) for s in self.stages]}
+        return {"out": str(self.out), "passed": self.passed, "verdict": self.verdict, "refusal": self.refusal,
+                "digests": dict(self.digests), "stages": [dict(zip(("stage", "outcome", "remark"), s, strict=True)) for s in self.stages]}
 
     def text(self) -> str:
-        verdict = "certified" if self.passed else "REFUSED by the gate; the report says why"
+        verdict = self.verdict if self.passed else f"REFUSED by the gate: {self.refusal}"
         return f"{self.out}: {verdict}; certificate {self.digests['certificate'][:16]}; open {self.out / 'report.html'}"
 
 
@@ -140,7 +144,7 @@ class _Workflow:
             self._check_training()
         with self._mistakes_in("gate"):
             own, rest = _apart(GateTable, tables.get("gate", {}))
-            self.gate_seed, self.gate = own.seed, build(Criteria, rest)
+            self.gate_seed, self.level, self.gate = own.seed, own.level, at_level(own.level, rest)
         self.sample: SampleTable | None = None
         self.summaries: dict[str, Any] | None = None
         if "sample" in tables:
@@ -191,7 +195,8 @@ class _Workflow:
         self._sample(run, certificate, observation)
         self._report(run, certificate, observation, simulator)
         return Result(self.out, tuple(self.stages), certificate.passed,
-                      {"bank": bank.digest, "weights": run.weights_digest, "certificate": certificate.sha256})
+                      {"bank": bank.digest, "weights": run.weights_digest, "certificate": certificate.sha256},
+                      certificate.verdict, certificate.refusal)
 
     # ------------------------------------------------------------------------------------------------------ stages
 
@@ -242,13 +247,12 @@ class _Workflow:
     def _gate(self, run: Run, bank: Bank, simulator: Simulator) -> Certificate:
         old, reason = self._old_certificate(run, bank)
         if old is not None and not reason:
-            self._note("gate", "skipped", f"the certificate {'holds' if old.passed else 'says refused'}")
+            self._note("gate", "skipped", f"the certificate stands: {old.verdict}")
             return old
         if reason:
             self.say(f"gate: again, since {reason}")
-        certificate = gate_run(run, seed=self.gate_seed, bank=bank.path, simulator=simulator, **asdict(self.gate))
-        verdict = "certified" if certificate.passed else "REFUSED by " + ", ".join(c.name for c in certificate.failed)
-        self._note("gate", "done", verdict)
+        certificate = gate_run(run, level=self.level, seed=self.gate_seed, bank=bank.path, simulator=simulator, **asdict(self.gate))
+        self._note("gate", "done", certificate.verdict)
         return certificate
 
     def _old_certificate(self, run: Run, bank: Bank) -> tuple[Certificate | None, str]:
@@ -259,19 +263,20 @@ class _Workflow:
             old = Certificate.read(run)
         except Uncertified:
             return None, "the certificate is damaged"
-        content, digests = old.content, old.content["digests"]
-        if files.digest_of({k: v for k, v in content.items() if k != "sha256"}) != old.sha256:
+        if not old.unaltered:
             return None, "the certificate was altered"
-        wanted = asdict(self.gate)
-        had = content.get("thresholds", {})
+        other = old.differences(run)
+        if self.level == DRAFT and old.certifies and not other:
+            return old, ""  # which is more than a draft
+        wanted, had = plain(asdict(self.gate)), old.content["thresholds"]
         differs = [f"{k} = {wanted[k]!r}, not {had.get(k)!r}" for k in wanted if had.get(k) != wanted[k]]
-        if content.get("seeds", {}).get("gate") != self.gate_seed:
-            differs.append(f"seed = {self.gate_seed}, not {content.get('seeds', {}).get('gate')}")
+        if old.level != self.level:
+            differs.insert(0, f"level = {self.level!r}, not {old.level!r}")
+        if old.content["seeds"]["gate"] != self.gate_seed:
+            differs.append(f"seed = {self.gate_seed}, not {old.content['seeds']['gate']}")
         if differs:
             return old, f"[gate] now says {differs[0]}"
-        now = {"weights": run.weights_digest, "config": run.config_digest, "bank": bank.digest}
-        other = [what for what in now if digests.get(what) != now[what]]
-        return old, f"the certificate is for other {other[0]}" if other else ""
+        return old, f"the certificate is for {other[0][0]}" if other else ""
 
     def _sample(self, run: Run, certificate: Certificate, observation: Any) -> None:
         """Draw, where the posterior is certified; draws of another posterior or observation do not stay under this name."""
@@ -282,10 +287,11 @@ class _Workflow:
         own = {k: v for k, v in asdict(table).items() if k != "summaries"}  # those are the report's
         key = {**own, "observation": files.digest_file(self.folder / table.observation), "certificate": certificate.sha256}
         before = self._remembered("sample")
-        if not certificate.passed:
+        if not certificate.certifies:
+            why = "the posterior has passed a draft only" if certificate.passed else "the posterior was refused"
             if target.exists():
-                self._set_aside(target, "the posterior was refused", "sample")
-            self._note("sample", "skipped", "the posterior was refused")
+                self._set_aside(target, why, "sample")
+            self._note("sample", "skipped", why)
             return
         if target.exists() and before == key:
             self._note("sample", "skipped", f"{target.name} is there")

@@ -165,11 +165,12 @@ def test_a_stop_promises_only_what_is_kept():
 
 
 @pytest.mark.parametrize("command", [[], ["bank"], ["simulators"], ["simulate"], ["bank", "info"], ["bank", "verify"], ["bank", "pack"], ["bank", "compact"], ["bank", "plot"], ["train"],
-                                     ["gate"], ["sample"], ["report"], ["run"]])
+                                     ["gate"], ["certificate"], ["certificate", "show"], ["certificate", "verify"], ["certificate", "sign"],
+                                     ["certificate", "keygen"], ["certificate", "schema"], ["sample"], ["report"], ["run"]])
 def test_every_command_has_help_with_an_example(command):
     result = sbiplat(*command, "--help")
     assert result.returncode == 0
-    assert "Example: sbiplat" in result.stdout or command in ([], ["bank"])
+    assert "Example: sbiplat" in result.stdout or command in ([], ["bank"], ["certificate"])
 
 
 def test_commands_that_need_no_torch_do_not_import_it(place):

@@ -197,9 +197,17 @@ class Bank:
 
         Computed from the hashes that were stored with the blocks; `verify` holds those against the data.
         """
+        return self._digest(stored if stored is not None else self.digest_of_rows(a, b) for a, b, stored in self._block_digests())
+
+    def digest_of_bytes(self, progress: Progress = silent) -> str:
+        """The digest from every byte of the content, whatever hashes are stored."""
+        with progress.task("read", self.rows) as advance:
+            return self._digest(advance(b - a) or self.digest_of_rows(a, b) for a, b, _ in self._block_digests())
+
+    def _digest(self, blocks: Iterator[bytes]) -> str:
         total = hashlib.sha256(files.canonical({n: [list(s), str(d)] for n, (s, d) in row_shapes(self.header).items()}))
-        for first, stop, stored in self._block_digests():
-            total.update(stored if stored is not None else self.digest_of_rows(first, stop))
+        for block in blocks:
+            total.update(block)
         return total.hexdigest()
 
     def _block_digests(self) -> Iterator[tuple[int, int, bytes | None]]:

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import typer
 
 from sbiplat.cli.bank import bank_app
+from sbiplat.cli.certificate import certificate_app, verdict_lines
 from sbiplat.cli.output import (
     BankPath,
     Config,
@@ -53,6 +54,7 @@ app = typer.Typer(
          "Any command: --debug shows the traceback behind a one-line error.",
 )
 app.add_typer(bank_app)
+app.add_typer(certificate_app)
 
 
 def _settings(config: Path | None, table: str, assignments: list[str] | None, **options: Any) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def _settings(config: Path | None, table: str, assignments: list[str] | None, **
     if not isinstance(values, dict):
         raise SettingError(f"{config}: [{table}] must be a table of settings, got {table} = {values!r}")
     values = {**values, **parse_assignments(assignments or [])}
-    for name in ("run", "bank", "out", "simulator", "progress", "trials", "search"):
+    for name in ("run", "bank", "out", "simulator", "progress", "trials", "search", "key", "workers"):
         if name in values:
             raise SettingError(f"{name} is no setting; the command itself takes it (see sbiplat {table} --help)")
     return {**values, **{k: v for k, v in options.items() if v is not None}}
@@ -207,32 +209,29 @@ def train(
 def gate(
     run: RunPath,
     n: Annotated[int | None, typer.Option(help="Held-out pairs; by default 1000, or as many as there are.")] = None,
+    level: Annotated[str | None, typer.Option(help="draft (200 pairs; certifies nothing), standard, or publication (5000 pairs).")] = None,
     seed: MaybeSeed = None,
     bank: Annotated[Path | None, typer.Option(help="The bank, where it has been moved.")] = None,
     config: Config = None,
     assignments: Set = None,
     embedding: Embedding = None,
     simulator: Signals = None,
+    key: Annotated[Path | None, typer.Option(help="File of an Ed25519 private key that signs the certificate.")] = None,
+    workers: Annotated[int, typer.Option(help="Local processes. Under mpiexec the ranks count.")] = 1,
     as_json: Json = False,
 ) -> None:
-    """Test a run on held-out pairs and write its certificate; exit 0 certified, 3 refused."""
+    """Test a run on held-out pairs and write its certificate; exit 0 passed, 3 refused. `mpiexec -n R sbiplat gate ...` uses R ranks."""
     from sbiplat.gate.examine import gate as gate_run
     from sbiplat.nets.embeddings import register
 
     if embedding:
         register(embedding)
-    certificate = gate_run(run, bank=bank, simulator=simulator, **_settings(config, "gate", assignments, n=n, seed=seed))
-    show(as_json, dict(certificate.content), "\n".join(_verdict_lines(certificate)))
+    certificate = gate_run(run, bank=bank, simulator=simulator, key=key, workers=workers,
+                           **_settings(config, "gate", assignments, n=n, seed=seed, level=level))
+    if launched_rank() == 0:
+        show(as_json, dict(certificate.content), "\n".join(verdict_lines(certificate)))
     if not certificate.passed:
         raise typer.Exit(REFUSED)
-
-
-def _verdict_lines(certificate: Any) -> list[str]:
-    lines = [f"{'passed ' if c.passed else 'REFUSED'}  {c.name:24} {c.statement}" + (f"; {c.mend}" if c.mend else "")
-             for c in certificate.criteria]
-    lines.append(f"not tested yet: {', '.join(certificate.content['not_tested'])}")
-    verdict = "certified" if certificate.passed else f"REFUSED by {', '.join(c.name for c in certificate.failed)}"
-    return [*lines, f"{certificate.run_path}: {verdict}; certificate {certificate.sha256}"]
 
 
 @app.command("learning-curve", epilog="Example: sbiplat learning-curve moons.run")
@@ -305,6 +304,8 @@ def sample(
         warn(f"uncertified: {posterior.provenance['refusal']}")
     if posterior.provenance.get("own_thresholds"):
         warn(f"certified by thresholds that were changed: {posterior.provenance['own_thresholds']}")
+    if posterior.provenance.get("since_gate"):
+        warn(f"changed since the gate: {posterior.provenance['since_gate']}")
     x = read_observation(observation, opened.x)
     with misspecified_in_a_line():
         theta = posterior.sample(x, n, seed=seed)
@@ -357,7 +358,7 @@ def main() -> NoReturn:
     """Run a command; a user's mistake is one line on standard error and an exit code, without a traceback."""
     debug = "--debug" in sys.argv or bool(os.environ.get("SBIPLAT_DEBUG"))
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    if arguments in ([], ["bank"]):
+    if arguments in ([], ["bank"], ["certificate"]):
         arguments.append("--help")
     _prepare_streams()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -424,7 +425,7 @@ def _prepare_streams() -> None:
 
 
 _COMMANDS = ("simulators", "simulate", "bank", "info", "verify", "pack", "compact", "plot", "query", "train", "gate",
-             "learning-curve", "recalibrate", "sample", "report", "run")
+             "learning-curve", "recalibrate", "certificate", "show", "sign", "keygen", "schema", "sample", "report", "run")
 
 
 def _fail(line: str, code: int, details: dict[str, Any] | None = None) -> NoReturn:

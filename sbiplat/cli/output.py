@@ -22,6 +22,7 @@ Signals = Annotated[str | None, typer.Option("--simulator", help="The simulator 
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting as key=value; may be given again.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings.")]
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank: its directory, or a packed .h5 file.")]
+CertificatePath = Annotated[Path, typer.Argument(metavar="FILE", help="A certificate.json, or a run's directory.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="A run's directory.")]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from sbiplat.bank.stream import Pairs, take
+from sbiplat.diagnostics.spread import ALONE, Spread
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Posterior
 from sbiplat.progress import Progress, silent
@@ -18,13 +19,15 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Examined:
-    """pairs: held-out (theta in R^D, x), which training never saw. training: other rows of the bank, for scales and references."""
+    """pairs: held-out (theta in R^D, x), which training never saw. training: other rows of the bank, for scales and references.
+    spread: who shares the work."""
 
     posterior: Posterior
     pairs: Pairs
     training: Pairs
     seed: int
     progress: Progress = silent
+    spread: Spread = ALONE
 
     @property
     def truth(self) -> Array:
@@ -33,7 +36,7 @@ class Examined:
 
     def first(self, pairs: int) -> Examined:
         """The same with the first so many pairs."""
-        return Examined(self.posterior, take(self.pairs, slice(pairs)), self.training, self.seed, self.progress)
+        return replace(self, pairs=take(self.pairs, slice(pairs)))
 
     def stream(self, *key: int) -> np.random.SeedSequence:
         """A stream of random numbers of a diagnostic's own, named by numbers."""

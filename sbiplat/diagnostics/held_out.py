@@ -53,28 +53,30 @@ class Features:
 def held_out_figures(examined: Examined, draws: int) -> HeldOutFigures:
     """Measure coverage and information by so many draws a pair, L."""
     posterior, pairs, training = examined.posterior, examined.pairs, examined.training
-    streams = [np.random.default_rng(s) for s in examined.stream(0x6A7E).spawn(4)]
+    streams = [np.random.default_rng(s) for s in examined.stream(0x6A7E).spawn(3)]
     features = Features(posterior, training["x"], streams[0])
     references = References.fit(features(training["x"]), np.asarray(training["theta"], float), streams[0])
     truth = examined.truth
     reference = references.draw(features(pairs["x"]), streams[1])
     count, dim = truth.shape
     chunk = max(1, min(CHUNK_NUMBERS // (draws * dim), -(-count // LEAST_CHUNKS)))
-    all_ranks, log_q, variances = np.empty((count, 1 + dim)), np.empty(count), np.empty((count, dim))
+    parts = [slice(a, min(a + chunk, count)) for a in range(0, count, chunk)]
+
+    def measure(k: int) -> tuple[Array, Array, Array]:
+        part, rng = parts[k], np.random.default_rng(examined.stream(0xD4, k))
+        x = {name: v[part] for name, v in pairs["x"].items()}
+        z = posterior.unconstrained_sample(x, draws, int(examined.stream(0xD3, k).generate_state(1)[0]))
+        tarp = tarp_ranks(z, truth[part], reference[part], references.residual, rng)
+        log_q = posterior.unconstrained_log_prob(truth[part, None], x)[:, 0]
+        return np.column_stack([tarp, sbc_ranks(z, truth[part], rng)]), log_q, z.var(1)
+
     with examined.progress.task("gate", count) as advance:
-        for k, a in enumerate(range(0, count, chunk)):
-            part = slice(a, min(a + chunk, count))
-            x = {name: v[part] for name, v in pairs["x"].items()}
-            z = posterior.unconstrained_sample(x, draws, int(examined.stream(0xD3, k).generate_state(1)[0]))
-            all_ranks[part, 0] = tarp_ranks(z, truth[part], reference[part], references.residual, streams[2])
-            all_ranks[part, 1:] = sbc_ranks(z, truth[part], streams[2])
-            log_q[part] = posterior.unconstrained_log_prob(truth[part, None], x)[:, 0]
-            variances[part] = z.var(1)
-            advance(len(z))
+        done = examined.spread.map(measure, len(parts), lambda k: advance(parts[k].stop - parts[k].start))
+    all_ranks, log_q, variances = (np.concatenate(values) for values in zip(*done, strict=True))
     prior_sd = np.ones(dim) if posterior.prior.gaussianised else np.asarray(training["theta"], float).std(0)
     names = ["TARP", *(f"SBC {name}" for name in posterior.prior.names)]
     return HeldOutFigures(
         count, draws, all_ranks,
-        tuple(coverage(name, all_ranks[:, k], streams[3]) for k, name in enumerate(names)),
+        tuple(coverage(name, all_ranks[:, k], streams[2]) for k, name in enumerate(names)),
         information(log_q, posterior.prior.unconstrained_log_prob(truth), variances, prior_sd),
     )

@@ -1,24 +1,27 @@
-"""The certificate: the gate's verdict on one run, bound to its weights, configuration and bank.
+"""The certificate: the gate's verdict on one run, bound to its weights, configuration, prior and bank.
 
-RUN/certificate.json names the criteria, figures, seeds and the digests of weights, configuration and bank, and carries the SHA-256 of
-its own canonical form.
+RUN/certificate.json names the criteria, figures, seeds and digests, and carries the SHA-256 of its own canonical form (`files.canonical`)
+without `sha256` and `signature`. Its form is `schema.json`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from sbiplat import files
+from sbiplat.bank.layout import versions
 from sbiplat.errors import Uncertified
-from sbiplat.gate.criteria import Criteria
+from sbiplat.gate import schema
+from sbiplat.gate.criteria import DRAFT, at_level
 from sbiplat.gate.criterion import Criterion
 from sbiplat.runs import Run
+from sbiplat.source import code_digest
 
-FORMAT_VERSION = 1
+MOST_BYTES = 2**26
+UNHASHED = ("sha256", "signature")
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,33 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
+        """Whether all criteria were met, at its level: of a draft, that certifies nothing."""
         return self.content["passed"] is True
+
+    @property
+    def level(self) -> str:
+        """draft, standard or publication."""
+        return str(self.content["level"])
+
+    @property
+    def certifies(self) -> bool:
+        """Whether it opens the door."""
+        return self.passed and self.level != DRAFT
+
+    @property
+    def verdict(self) -> str:
+        """In a few words."""
+        if not self.passed:
+            return f"REFUSED by {', '.join(c.name for c in self.failed)}"
+        return "passed as a draft, which certifies nothing" if self.level == DRAFT else f"certified ({self.level})"
+
+    @property
+    def refusal(self) -> str:
+        """The first criterion that failed, by how much, and what usually mends it; "" where none did."""
+        if not self.failed:
+            return ""
+        first, more = self.failed[0], f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
+        return f"{first.name}: {first.statement}{more}; {first.mend}"
 
     @property
     def figures(self) -> Mapping[str, Any]:
@@ -47,8 +76,8 @@ class Certificate:
 
     @property
     def own_thresholds(self) -> str:
-        """The thresholds that are not sbiplat's own, in words; "" where all are."""
-        usual = asdict(Criteria())
+        """The thresholds that are not those of its level, in words; "" where all are."""
+        usual = asdict(at_level(self.level, {}))
         own = {k: v for k, v in self.content["thresholds"].items() if k not in ("pairs", "draws") and usual.get(k) != v}
         return ", ".join(f"{k} = {v} (usually {usual.get(k)})" for k, v in own.items())
 
@@ -56,9 +85,10 @@ class Certificate:
     def sha256(self) -> str:
         return str(self.content["sha256"])
 
-    @cached_property
-    def _computed(self) -> str:
-        return files.digest_of({k: v for k, v in self.content.items() if k != "sha256"})
+    @property
+    def unaltered(self) -> bool:
+        """Whether it is as it was written, by its own hash."""
+        return hashed(self.content) == self.sha256
 
     def save(self, path: str | Path | None = None) -> Path:
         """Write the certificate, by default into its run."""
@@ -72,37 +102,60 @@ class Certificate:
         path = run.path / "certificate.json"
         if not path.is_file():
             raise Uncertified(f"{run.path} has not been through the gate; run `sbiplat gate {run.path}`")
+        return cls.of_file(path, f"run `sbiplat gate {run.path}` again")
+
+    @classmethod
+    def of_file(cls, path: Path, mend: str = "ask for it again") -> Certificate:
+        """The certificate in a file; raises Uncertified where it is damaged or not of the published form."""
+        if path.is_file() and path.stat().st_size > MOST_BYTES:
+            raise Uncertified(f"{path} is too large for a certificate; {mend}")
         content = files.read_json(path, "certificate", Uncertified)
-        try:
-            assert content["format_version"] == FORMAT_VERSION
-            assert isinstance(content["digests"], dict)
-            assert isinstance(content["figures"], dict)
-            assert isinstance(content["thresholds"], dict)
-            made = cls(content, run.path)
-            _ = made.criteria, made.sha256, content["passed"]
-            return made
-        except (KeyError, TypeError, AssertionError):
-            raise Uncertified(f"{path} is damaged or of another format; run `sbiplat gate {run.path}` again") from None
+        fault = schema.fault(content)
+        if fault:
+            raise Uncertified(f"{path} is damaged or of another format ({fault}); {mend}")
+        return cls(content, path.parent)
 
     def require_bound(self, run: Run) -> Certificate:
         """This certificate if it is unaltered and was given to the run as it is on disk now; raises Uncertified with the reason."""
         again = f"run `sbiplat gate {run.path}` again"
-        if self._computed != self.sha256:
+        if not self.unaltered:
             raise Uncertified(f"the certificate of {run.path} was altered after it was written; {again}")
-        digests = self.content["digests"]
-        for what, now in (("weights", run.weights_digest), ("config", run.config_digest), ("bank", run.bank_digest),
-                          ("split", run.record["split"]["digest"])):
-            if digests.get(what) != now:
-                said = str(digests.get(what))[:12]
-                raise Uncertified(f"the certificate of {run.path} is for other {what}: it says {said}, the run has {now[:12]}; {again}")
+        for what, said, now in self.differences(run):
+            raise Uncertified(f"the certificate of {run.path} is for {what}: it says {said[:12]}, the run has {now[:12]}; {again}")
         return self
 
+    def differences(self, run: Run) -> list[tuple[str, str, str]]:
+        """What of a run, as it is on disk now, is not what this was given to: what, its digest here, and the run's."""
+        digests, now = self.content["digests"], digests_of(run)
+        words = {"weights": "other weights", "prior": "another prior", "config": "other settings", "bank": "another bank",
+                 "split": "another split of the bank"}
+        return [(words[what], digests[what], now[what]) for what in words if digests[what] != now[what]]
+
+    @property
+    def other_code(self) -> str:
+        """How the code here is another than the gate's, in words; "" where sbiplat and the packages are the same."""
+        had, now = self.content["versions"], versions()
+        changed = [f"{name} {had.get(name, 'absent')} became {now.get(name, 'absent')}"
+                   for name in sorted({*had, *now}) if had.get(name) != now.get(name)]
+        return "; ".join([*(["the code of sbiplat has changed"] if self.content["digests"]["code"] != code_digest() else []), *changed])
+
     def require(self, run: Run) -> Certificate:
-        """This certificate if it is bound to the run and says passed; raises Uncertified with the reason."""
+        """This certificate if it is bound to the run and opens the door; raises Uncertified with the reason."""
         self.require_bound(run)
         if not self.passed:
-            first = self.failed[0] if self.failed else None
-            more = f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
-            why = f"{first.name}: {first.statement}{more}; {first.mend}" if first else "no criterion is named"
-            raise Uncertified(f"{run.path} was refused by the gate: {why}")
+            raise Uncertified(f"{run.path} was refused by the gate: {self.refusal}")
+        if self.level == DRAFT:
+            raise Uncertified(f"{run.path} has passed a draft only ({self.figures.get('pairs')} pairs), which certifies nothing; run "
+                              f"`sbiplat gate {run.path}` for the standard level")
         return self
+
+
+def digests_of(run: Run) -> dict[str, str]:
+    """The SHA-256 of all that a certificate binds of a run, as it is on disk now."""
+    return {"weights": run.weights_digest, "prior": files.digest_of(run.record["prior"]), "config": run.config_digest,
+            "bank": run.bank_digest, "split": str(run.record["split"]["digest"])}
+
+
+def hashed(content: Mapping[str, Any]) -> str:
+    """The SHA-256 of a certificate's content, without those of its fields that say it or sign it."""
+    return files.digest_of({k: v for k, v in content.items() if k not in UNHASHED})

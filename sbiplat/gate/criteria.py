@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sbiplat.diagnostics.examined import Examined
+from sbiplat.errors import SettingError
 from sbiplat.gate import calibration, misspecification, robustness
 from sbiplat.gate.criterion import Part
+from sbiplat.settings import build
 
 
 @dataclass(frozen=True)
@@ -19,10 +21,17 @@ class Criteria(misspecification.MisspecificationCriteria, robustness.RobustnessC
     """How much is tested, and the thresholds."""
 
 
-PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (
-    calibration.examine, robustness.examine, misspecification.examine)
+PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (calibration.examine, robustness.examine, misspecification.examine)
+DRAFT = "draft"  # for early sight: opens no door
 LEVELS: Mapping[str, Mapping[str, Any]] = {
-    "draft": {"pairs": 200, "attacked": 30, "attack_restarts": 1},
+    DRAFT: {"pairs": 200, "attacked": 30, "attack_restarts": 1},
     "standard": {},
-    "publication": {"pairs": 5000, "attacked": 500, "attack_steps": 200, "attack_restarts": 5, "attack_queries": 1000},
+    "publication": {"pairs": 5000, "least_pairs": 5000, "attacked": 500, "attack_steps": 200, "attack_restarts": 5, "attack_queries": 1000},
 }
+
+
+def at_level(level: str, settings: Mapping[str, Any]) -> Criteria:
+    """The criteria of a level, with settings of one's own over them; raises SettingError."""
+    if level not in LEVELS:
+        raise SettingError(f"level = {level!r}: expected one of {', '.join(LEVELS)}")
+    return build(Criteria, {**LEVELS[level], **settings})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sbiplat.errors import Uncertified
+from sbiplat.gate import signature
 from sbiplat.gate.certificate import Certificate
 from sbiplat.gate.watch import Watch, watch_of
 from sbiplat.nets import embeddings
@@ -17,27 +18,38 @@ from sbiplat.runs import Run
 
 def load(
     run: str | Path | Run, *, allow_uncertified: bool = False, refuse_misspecified: bool = False, embedding: Any = None,
-    device: str = "cpu",
+    device: str = "cpu", public_key: str | Path | None = None,
 ) -> Posterior:
     """The posterior of a certified run; raises Uncertified with the reason and the mend where its certificate does not hold.
 
     embedding: the user's own class (or 'file.py:Class') where the run was trained with one, since loading a run never
     runs code that the run names. allow_uncertified: for looking into a refused posterior; its draws say so. refuse_misspecified: raise
-    Uncertified, instead of warning, for an observation that is unlike the bank.
+    Uncertified, instead of warning, for an observation that is unlike the bank. public_key: file of the key that must have signed the
+    certificate.
     """
     if embedding is not None:
         embeddings.register(embedding)
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
+    wanted = signature.read_public(public_key) if public_key is not None else None
     try:
         certificate = Certificate.read(run).require(run)
+        signer = signature.require(certificate.content, wanted) if wanted else None
         watch = _required(watch_of(run, certificate, refuse_misspecified), run, refuse_misspecified)
     except Uncertified as reason:
         if not allow_uncertified:
             raise
         watch = _required(_watch_of_refused(run, refuse_misspecified), run, refuse_misspecified)
         return replace(from_run(run, device, certified="no", refusal=str(reason)), watch=watch)
-    made = from_run(run, device, certified="yes", certificate=certificate.sha256, own_thresholds=certificate.own_thresholds or None)
+    made = from_run(run, device, certified="yes", certificate=certificate.sha256, level=certificate.level, signed_by=signer,
+                    own_thresholds=certificate.own_thresholds or None, since_gate=since_gate(certificate, device) or None)
     return replace(made, watch=watch)
+
+
+def since_gate(certificate: Certificate, device: str) -> str:
+    """What a certificate does not bind and is another than at the gate: device, code of sbiplat, versions; "" where nothing is."""
+    had = certificate.content["valid_for"]["device"]
+    elsewhere = f"the gate was on {had}, this is on {device}" if had != device else ""
+    return "; ".join(part for part in (elsewhere, certificate.other_code) if part)
 
 
 def _required(watch: Watch | None, run: Run, refuse: bool) -> Watch | None:

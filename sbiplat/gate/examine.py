@@ -1,66 +1,135 @@
-"""`sp.gate`: a run is examined on held-out pairs, and RUN/certificate.json says what was found."""
+"""`sp.gate`: a run is examined on held-out pairs, and RUN/certificate.json says what was found.
+
+Under `mpiexec -n R` all ranks run the same program: each prepares by itself, the work is spread (`diagnostics/spread.py`), and the first
+rank writes.
+"""
 
 from __future__ import annotations
 
 import io
+import platform
 import time
-from dataclasses import asdict
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 
 from sbiplat import files
 from sbiplat.bank.bank import Bank
+from sbiplat.bank.farm import mpi_world, one_fate, together
 from sbiplat.bank.layout import STATUS, versions
 from sbiplat.bank.stream import pairs_at, split, take
 from sbiplat.diagnostics.examined import Examined
-from sbiplat.errors import RunError
-from sbiplat.gate.certificate import FORMAT_VERSION, Certificate
-from sbiplat.gate.criteria import PARTS, Criteria
+from sbiplat.diagnostics.spread import Spread
+from sbiplat.errors import RunError, SettingError, Uncertified
+from sbiplat.gate import signature
+from sbiplat.gate.certificate import Certificate, digests_of, hashed
+from sbiplat.gate.criteria import DRAFT, PARTS, Criteria, at_level
 from sbiplat.gate.criterion import Part
+from sbiplat.gate.schema import FORMAT_VERSION
 from sbiplat.observe import Observe, check_observe
 from sbiplat.posteriors.of_run import from_run
-from sbiplat.progress import Progress
+from sbiplat.progress import Progress, silent
 from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import whole_seed
 from sbiplat.simulator import Simulator
-from sbiplat.source import source_digest
+from sbiplat.source import code_digest, source_digest
 from sbiplat.training.begin import TrainSettings, observe_of
 
 REFERENCE_ROWS = 10_000
 REFERENCE_BYTES = 2**28
+T = TypeVar("T")
 
 
 def gate(
-    run: Run | str | Path, *, n: int | None = None, seed: int = 0, bank: str | Path | None = None,
-    simulator: Simulator | str | None = None, device: str = "cpu", progress: Progress | None = None, **thresholds: Any,
+    run: Run | str | Path, *, n: int | None = None, level: str = "standard", seed: int = 0, bank: str | Path | None = None,
+    simulator: Simulator | str | None = None, device: str = "cpu", key: str | Path | None = None, workers: int = 1,
+    progress: Progress | None = None, **thresholds: Any,
 ) -> Certificate:
     """Test a finished run on held-out pairs, write its certificate and return it, passed or not.
 
-    n: pairs, by default 1000 or as many as were held out. simulator: of a bank of signals, as for `train`.
-    thresholds: fields of `Criteria` by name.
+    n: pairs, by default those of the level or as many as were held out. level: draft, standard or publication; a draft opens no door, and
+    never replaces a certificate that holds. simulator: of a bank of signals, as for `train`. key: file of an Ed25519 key that signs.
+    workers: local processes, of one thread each; under mpiexec the ranks count. The figures are the same on any number of either.
+    thresholds: fields of `Criteria` by name, which go before the level's.
     """
-    run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
-    seed = whole_seed(seed)
-    criteria = build_settings(Criteria, {**thresholds, **({"pairs": n} if n is not None else {})})
-    progress = progress or Progress.auto()
-    start = time.monotonic()
-    source = run.bank(bank)
-    observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
-    if observe and source_digest(observe.function) != run.record.get("observe_source"):
-        raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
-    pairs, training = _pairs(run, source, criteria.pairs, seed)
-    if observe:
-        some = take(pairs, slice(8))
-        check_observe(observe, some["x"], some["parameters"])
-        pairs, training = (observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
-    examined = Examined(from_run(run, device), pairs, training, seed, progress)
-    parts = [examine(examined, criteria) for examine in PARTS]
-    certificate = _certify(run, source, criteria, parts, seed, time.monotonic() - start)
-    certificate.save()
-    return certificate
+    comm = mpi_world()
+    first, start = comm is None or comm.Get_rank() == 0, time.monotonic()
+    progress = (progress or Progress.auto()) if first else silent
+
+    def prepare() -> tuple[Any, Examination]:
+        signer = signature.read_private(key) if key is not None and first else None
+        criteria = at_level(level, {**thresholds, **({"pairs": n} if n is not None else {})})
+        spread = Spread(comm, workers_on(device, workers))
+        return signer, Examination.of(run, criteria, level, seed, bank, simulator, device, spread, progress)
+
+    with one_fate(comm) if comm else nullcontext():
+        signer, examination = _alike(comm, prepare)
+        parts = examination.parts()
+
+        def finish() -> dict[str, Any] | None:
+            return _written(examination, parts, signer, time.monotonic() - start) if first else None
+
+        content = _alike(comm, finish)
+        content = comm.bcast(content) if comm else content
+    return Certificate(content, examination.run.path)
+
+
+def workers_on(device: str, workers: int) -> int:
+    """A number of local processes; raises SettingError for what is none, or where they cannot share the work alike."""
+    if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+        raise SettingError(f"workers must be a whole number of at least 1, got {workers!r}")
+    if workers > 1 and torch.device(device).type != "cpu":
+        raise SettingError(f"workers = {workers} are processes on the cpu; on {device} leave them out")
+    if workers > 1 and torch.get_num_threads() > 1:  # forked, they would lack the threads of this process, and round otherwise
+        raise SettingError(f"workers = {workers} are processes of one thread each, and this one has {torch.get_num_threads()}: set "
+                           "OMP_NUM_THREADS=1 or torch.set_num_threads(1) before, or leave workers out")
+    return workers
+
+
+def _alike(comm: Any, function: Callable[[], T]) -> T:
+    """Run on this process, or on every rank, where one's mistake is told once and ends all."""
+    return together(comm, function) if comm else function()
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that the figures are a function of, ready to be measured."""
+
+    run: Run
+    bank: Bank
+    criteria: Criteria
+    level: str
+    examined: Examined
+    device: str
+
+    @classmethod
+    def of(
+        cls, run: Run | str | Path, criteria: Criteria, level: str, seed: int, bank: str | Path | None, simulator: Simulator | str | None,
+        device: str, spread: Spread, progress: Progress,
+    ) -> Examination:
+        """Open all of it; raises UserError for what is missing or has changed."""
+        run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
+        seed = whole_seed(seed)
+        source = run.bank(bank)
+        observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
+        if observe and source_digest(observe.function) != run.record.get("observe_source"):
+            raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
+        pairs, training = _pairs(run, source, criteria.pairs, seed)
+        if observe:
+            some = take(pairs, slice(8))
+            check_observe(observe, some["x"], some["parameters"])
+            pairs, training = (observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
+        return cls(run, source, criteria, level, Examined(from_run(run, device), pairs, training, seed, progress, spread), device)
+
+    def parts(self) -> list[Part]:
+        """What each kind of examination finds."""
+        return [examine(self.examined, self.criteria) for examine in PARTS]
 
 
 def _pairs(run: Run, bank: Bank, most: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -87,38 +156,80 @@ def observed(observe: Observe, pairs: dict[str, Any], seed: int, part: int) -> d
     return {"theta": pairs["theta"], "x": {name: np.concatenate([d[name] for d in drawn]) for name in drawn[0]}}
 
 
-def _certify(run: Run, bank: Bank, criteria: Criteria, parts: list[Part], seed: int, seconds: float) -> Certificate:
+def measured(parts: list[Part]) -> dict[str, Any]:
+    """What of the certificate a second examination must find again: verdicts and figures, as JSON gives them back."""
     verdicts = [v for part in parts for v in part.criteria]
-    arrays, path = io.BytesIO(), run.path / "diagnostics.npz"
-    np.savez_compressed(arrays, **{name: values for part in parts for name, values in part.arrays.items()})
-    path.unlink(missing_ok=True)
-    with files.disk_errors(path), files.atomic_path(path) as temporary:
-        temporary.write_bytes(arrays.getvalue())
-    content: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
+    return plain({
         "passed": all(v.passed for v in verdicts),
         "criteria": [asdict(v) for v in verdicts],
         "not_tested": [name for part in parts for name in part.not_tested],
-        "thresholds": asdict(criteria),
         "figures": {name: value for part in parts for name, value in part.figures.items()},
+    })
+
+
+def _written(examination: Examination, parts: list[Part], signer: Any, seconds: float) -> dict[str, Any]:
+    """The certificate's content; it and the diagnostics are written into the run, unless a draft meets a certificate that holds."""
+    run, bank, rows = examination.run, examination.bank, examination.run.record["split"]
+    arrays = io.BytesIO()
+    np.savez_compressed(arrays, **{name: values for part in parts for name, values in part.arrays.items()})
+    content = plain({
+        "format_version": FORMAT_VERSION,
+        "level": examination.level,
+        **measured(parts),
+        "thresholds": asdict(examination.criteria),
+        "valid_for": {"observations": 1, "parameters": run.prior.names, "device": examination.device},
         "estimator": run.architecture.estimator,
         "simulator": bank.header.simulator,
-        "seeds": {"gate": seed, "training": run.seed, "bank": bank.header.seed},
-        "digests": {"weights": run.weights_digest, "config": run.config_digest, "bank": bank.digest,
-                    "split": run.record["split"]["digest"], "diagnostics": files.digest_file(path)},
-        "left_out_rows": run.record["split"]["left_out"],
+        "seeds": {"gate": examination.examined.seed, "training": run.seed, "bank": bank.header.seed},
+        "counts": {"bank_rows": bank.rows, "held_out_rows": rows["held_out"], "left_out_rows": rows["left_out"]},
+        "digests": {**digests_of(run), "diagnostics": files.digest_bytes(arrays.getvalue()), "code": code_digest()},
         "versions": versions(),
+        "machine": machine(examination.device),
         "created": files.now(),
-        "seconds": round(seconds, 1),
-    }
-    content = _plain(content)
-    return Certificate({**content, "sha256": files.digest_of(content)}, run.path)
+        "cost": {"seconds": round(seconds, 1), "processes": examination.examined.spread.processes},
+    })
+    content["sha256"] = hashed(content)
+    if signer is not None:
+        content = signature.signed(content, signer)
+    standing = _standing(run) if examination.level == DRAFT else None
+    if standing is not None:
+        examination.examined.progress.say(f"{run.path / 'certificate.json'} stays: it is of level {standing.level}, and a draft replaces "
+                                          "none that holds")
+        return content
+    path = run.path / "diagnostics.npz"
+    path.unlink(missing_ok=True)
+    with files.disk_errors(path), files.atomic_path(path) as temporary:
+        temporary.write_bytes(arrays.getvalue())
+    Certificate(content, run.path).save()
+    return content
 
 
-def _plain(value: Any) -> Any:
+def _standing(run: Run) -> Certificate | None:
+    """The certificate of a run where it holds and is no draft."""
+    try:
+        found = Certificate.read(run).require_bound(run)
+    except Uncertified:
+        return None
+    return found if found.level != DRAFT else None
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What floating-point results may depend on, besides versions."""
+    processor = platform.processor() or platform.machine()
+    about = Path("/proc/cpuinfo")
+    if about.is_file():
+        named = (line.partition(":")[2].strip() for line in about.read_text(errors="replace").splitlines() if line.startswith("model name"))
+        processor = next(named, processor)
+    kind = torch.device(device).type
+    accelerator = torch.cuda.get_device_name(device) if kind == "cuda" else "" if kind == "cpu" else kind
+    return {"system": f"{platform.system()} {platform.machine()}", "processor": processor, "accelerator": accelerator,
+            "threads": torch.get_num_threads()}
+
+
+def plain(value: Any) -> Any:
     """Tuples as lists and numpy scalars as numbers: what JSON gives back, so that the hash can be computed again."""
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value.item() if isinstance(value, np.generic) else value

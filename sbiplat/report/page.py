@@ -27,7 +27,7 @@ from sbiplat.diagnostics.misspecification import Misspecification
 from sbiplat.diagnostics.predictive import Summaries, check_summaries, simulate, summarise
 from sbiplat.errors import ObservationError, SettingError, SimulatorError, Uncertified, UserError
 from sbiplat.gate.certificate import Certificate
-from sbiplat.gate.criteria import Criteria
+from sbiplat.gate.criteria import at_level
 from sbiplat.gate.door import load
 from sbiplat.nets import embeddings
 from sbiplat.observation import Fields, ObservationSpec, read_observation
@@ -97,7 +97,7 @@ def render(page: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What may be said of the posterior: `state` is certified, refused, void (a certificate that does not hold) or untested."""
+    """What may be said of the posterior: `state` is certified, draft, refused, void (a certificate that does not hold) or untested."""
 
     state: str
     word: str
@@ -117,7 +117,7 @@ class Verdict:
     @property
     def changed(self) -> list[tuple[str, Any, Any]]:
         """Thresholds that are not the default ones: name, here, by default."""
-        usual = asdict(Criteria())
+        usual = asdict(at_level(self.certificate.level, {})) if self.certificate else {}
         held = _items(self.certificate.content.get("thresholds")) if self.certificate else []
         return [(name.replace("_", " "), value, usual.get(name)) for name, value in held if value != usual.get(name)]
 
@@ -136,6 +136,10 @@ def _verdict(run: Run) -> Verdict:
         return Verdict("refused", "REFUSED", f"The posterior failed {failed} of the gate's {total} criteria: its probabilities "
                        "are not to be relied on, and none are shown here.", certificate=certificate)
     pairs = certificate.figures.get("pairs", "the")
+    if not certificate.certifies:
+        return Verdict("draft", "DRAFT", f"The posterior met every criterion on a first {pairs} held-out simulations. That is an early "
+                       f"sight and certifies nothing: run `sbiplat gate {run.path}`; until then no posterior is shown here.",
+                       certificate=certificate)
     return Verdict("certified", "CERTIFIED", f"The posterior met every criterion of the gate on {pairs} held-out simulations: "
                    "over data that the simulator makes under the prior, its probabilities are on average, within the limits "
                    "below, the frequencies that they claim to be. That says calibrated, not sharp: a better embedding or a "
@@ -224,6 +228,7 @@ def _posterior(
     why_not = {
         "refused": "No posterior is shown, since the gate refused it.",
         "void": "No posterior is shown, since its certificate does not hold.",
+        "draft": "No posterior is shown, since it has passed a draft only.",
         "untested": "No posterior is shown, since it has not been through the gate.",
         "certified": f"No observation was given; run `sbiplat report {run.path} --observation FILE` to see its posterior.",
     }[verdict.state]

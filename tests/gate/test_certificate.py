@@ -70,11 +70,11 @@ def test_another_runs_certificate_does_not_fit(line_bank, run_copy, tmp_path):
         sp.load(other)
 
 
-def test_a_changed_prior_or_architecture_shuts_it(run_copy):
+def test_a_changed_prior_shuts_it_and_is_named(run_copy):
     record = json.loads((run_copy / "run.json").read_text())
     record["prior"]["independent"][0]["scale"] = 3.0
     (run_copy / "run.json").write_text(json.dumps(record))
-    with pytest.raises(Uncertified, match="other config"):
+    with pytest.raises(Uncertified, match="is for another prior"):
         sp.load(run_copy)
 
 
@@ -117,7 +117,7 @@ def test_a_net_that_cannot_be_made_is_one_line(shape, run_copy):
 def test_the_same_gate_gives_the_same_figures(run_copy, line_bank):
     first = json.loads((run_copy / "certificate.json").read_text())
     again = sp.gate(run_copy, bank=line_bank.path, progress=silent).content
-    changing = {"created", "seconds", "sha256"}
+    changing = {"created", "cost", "sha256"}
     assert {k: v for k, v in first.items() if k not in changing} == {k: v for k, v in again.items() if k not in changing}
     other = sp.gate(run_copy, bank=line_bank.path, seed=1, progress=silent)
     assert other.figures["coverage"] != first["figures"]["coverage"]
@@ -181,7 +181,7 @@ def test_changed_code_of_an_embedding_shuts_it(line_bank, tmp_path):
 
     assert opened() == "opened" or "refused" in opened()
     net.write_text(text.replace("SCALE = 1.0", "SCALE = 2.0"))
-    assert "is for other config" in opened()
+    assert "is for other settings" in opened()
 
 
 @pytest.mark.parametrize(("place", "value"), [
@@ -207,7 +207,7 @@ def test_a_changed_record_of_the_training_shuts_it(run_copy, edit):
     record = json.loads((run_copy / "run.json").read_text())
     edit(record)
     (run_copy / "run.json").write_text(json.dumps(record))
-    with pytest.raises(Uncertified, match="is for other config"):
+    with pytest.raises(Uncertified, match="is for other settings"):
         sp.load(run_copy)
 
 

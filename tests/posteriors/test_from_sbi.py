@@ -263,7 +263,7 @@ def test_the_commands_work_on_such_a_run(run, tmp_path, capsys):
     record = json.loads((copy / "run.json").read_text())
     record["split"]["trained_on"] = "by the user's word: those of sp.pairs"
     (copy / "run.json").write_text(json.dumps(record))
-    with pytest.raises(Uncertified, match="is for other config"):
+    with pytest.raises(Uncertified, match="is for other settings"):
         sp.load(copy)
 
 
