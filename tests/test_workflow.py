@@ -280,6 +280,8 @@ def test_a_refused_posterior_gives_a_report_but_no_draws(place):
     assert not result.passed
     assert stages == outcomes(["gate", "report"])
     assert "gate: done; REFUSED by information" in said
+    assert "REFUSED by the gate: information: held-out log-density beats the prior by" in result.text()
+    assert "train longer, or with a larger net or bank" in result.text(), "the last line has the mend"
     assert not (place.out / "draws.csv").exists(), "draws that were once certified do not stand beside a refusal"
     assert (place.out / "draws.old-1.csv").read_bytes() == draws
     before = place.contents()
@@ -287,6 +289,23 @@ def test_a_refused_posterior_gives_a_report_but_no_draws(place):
     assert place.contents() == before
     place.write()
     assert place.run()[0].passed, "the old thresholds certify it again"
+
+
+def test_a_draft_samples_nothing_and_a_certificate_stands_for_one(place):
+    place.write(WORKFLOW.replace("[gate]", '[gate]\nlevel = "draft"'))
+    result, stages, said = place.run()
+    assert stages == outcomes([]), "a certificate that stands is more than a draft"
+    assert "the certificate stands: certified (standard)" in said
+    (place.out / "run" / "certificate.json").unlink()
+    result, stages, said = place.run()
+    assert "gate: done; passed as a draft, which certifies nothing" in said
+    assert "the posterior has passed a draft only" in said
+    assert result.passed
+    assert "passed as a draft" in result.text()
+    assert not (place.out / "draws.csv").exists()
+    result, stages, said = place.write().run()
+    assert "gate: again, since [gate] now says level = 'standard', not 'draft'" in said
+    assert stages["sample"] == "done"
 
 
 def command(monkeypatch, capsys, folder, *words):

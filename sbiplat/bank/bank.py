@@ -201,8 +201,13 @@ class Bank:
 
     def digest_of_bytes(self, progress: Progress = silent) -> str:
         """The digest from every byte of the content, whatever hashes are stored."""
-        with progress.task("read", self.rows) as advance:
-            return self._digest(advance(b - a) or self.digest_of_rows(a, b) for a, b, _ in self._block_digests())
+        def blocks() -> Iterator[bytes]:
+            with progress.task("read", self.rows) as advance:
+                for first, stop, _ in self._block_digests():
+                    yield self.digest_of_rows(first, stop)
+                    advance(stop - first)
+
+        return self._digest(blocks())
 
     def _digest(self, blocks: Iterator[bytes]) -> str:
         total = hashlib.sha256(files.canonical({n: [list(s), str(d)] for n, (s, d) in row_shapes(self.header).items()}))

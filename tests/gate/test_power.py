@@ -133,6 +133,16 @@ def test_a_significant_but_small_departure_is_let_pass_with_many_pairs():
     assert all(v.passed for v in figures), [v for v in figures if not v.passed]
 
 
+def test_a_figure_over_its_limit_that_passes_says_why():
+    """A few pairs: the bands reach below the limits, and the statement tells what would else look like a slip."""
+    passed = [v for seed in range(6) for v in verdicts(GaussianSampler(sd=0.85), seed, n=200) if v.passed]
+    over = [v for v in passed if v.name.endswith("coverage") and v.figure > v.threshold]
+    under = [v for v in passed if v.name.endswith("coverage") and v.figure <= v.threshold]
+    assert over
+    assert all("passed though over the limit" in v.statement for v in over)
+    assert not any("passed though" in v.statement for v in under)
+
+
 def test_thresholds_decide():
     strict = replace(Criteria(), information=50.0)
     rng = np.random.default_rng(0)
