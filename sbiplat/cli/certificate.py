@@ -17,6 +17,8 @@ def verdict_lines(certificate: Any) -> list[str]:
     """Every criterion with its verdict, what was not tested, and the conclusion."""
     lines = [f"{'passed ' if c.passed else 'REFUSED'}  {c.name:24} {c.statement}" + (f"; {c.mend}" if c.mend else "")
              for c in certificate.criteria]
+    for k, finding in enumerate(certificate.content["diagnosis"], 1):
+        lines.append(f"finding {k}: {finding['defect']}; {finding['mend']}" + (f"\n    {finding['command']}" if finding["command"] else ""))
     if certificate.content["not_tested"]:
         lines.append(f"not tested: {', '.join(certificate.content['not_tested'])}")
     return [*lines, f"{certificate.run_path}: {certificate.verdict}; certificate {certificate.sha256}"]

@@ -21,8 +21,8 @@ import torch
 from sbiplat import files
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.farm import mpi_world, one_fate, together
-from sbiplat.bank.layout import STATUS, versions
-from sbiplat.bank.stream import pairs_at, split, take
+from sbiplat.bank.layout import versions
+from sbiplat.bank.stream import take
 from sbiplat.diagnostics.examined import Examined
 from sbiplat.diagnostics.spread import Spread
 from sbiplat.errors import RunError, SettingError, Uncertified
@@ -30,19 +30,18 @@ from sbiplat.gate import signature
 from sbiplat.gate.certificate import Certificate, digests_of, hashed
 from sbiplat.gate.criteria import DRAFT, PARTS, Criteria, at_level
 from sbiplat.gate.criterion import Part
+from sbiplat.gate.diagnosis import diagnose
+from sbiplat.gate.rows import held_out_pairs, observed
 from sbiplat.gate.schema import FORMAT_VERSION
-from sbiplat.observe import Observe, check_observe
+from sbiplat.observe import check_observe
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import Progress, silent
 from sbiplat.runs import Run
-from sbiplat.settings import build as build_settings
 from sbiplat.settings import whole_seed
 from sbiplat.simulator import Simulator
 from sbiplat.source import code_digest, source_digest
-from sbiplat.training.begin import TrainSettings, observe_of
+from sbiplat.training.begin import observe_of
 
-REFERENCE_ROWS = 10_000
-REFERENCE_BYTES = 2**28
 T = TypeVar("T")
 
 
@@ -120,7 +119,7 @@ class Examination:
         observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
         if observe and source_digest(observe.function) != run.record.get("observe_source"):
             raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
-        pairs, training = _pairs(run, source, criteria.pairs, seed)
+        pairs, training = held_out_pairs(run, source, criteria.pairs, seed)
         if observe:
             some = take(pairs, slice(8))
             check_observe(observe, some["x"], some["parameters"])
@@ -130,30 +129,6 @@ class Examination:
     def parts(self) -> list[Part]:
         """What each kind of examination finds."""
         return [examine(self.examined, self.criteria) for examine in PARTS]
-
-
-def _pairs(run: Run, bank: Bank, most: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Held-out pairs, which training never saw, and other rows for the references."""
-    settings = build_settings(TrainSettings, run.record["training"])
-    apart = split(bank, run.seed, settings.validation, settings.held_out, settings.held_out_most)
-    if apart.digest() != run.record["split"]["digest"]:
-        raise RunError(f"the held-out rows of {run.path} cannot be found again: its split differs; train again")
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x9A13,)))
-    most_rows = max(1000, min(REFERENCE_ROWS, REFERENCE_BYTES // bank.header.x.row_bytes))
-    rows = rng.choice(bank.rows, min(bank.rows, most_rows), replace=False)
-    rows = rows[(bank.status[rows] == STATUS["ok"]) & ~np.isin(rows, apart.held_out)]
-    return take(pairs_at(bank, apart.held_out), slice(most)), pairs_at(bank, rows)
-
-
-def observed(observe: Observe, pairs: dict[str, Any], seed: int, part: int) -> dict[str, Any]:
-    """Pairs with one draw of x each, fixed by the gate's seed, in place of signals."""
-    size = 1000
-    drawn = []
-    for k, first in enumerate(range(0, len(pairs["theta"]), size)):
-        some = take(pairs, slice(first, first + size))
-        noise = int(np.random.SeedSequence(seed, spawn_key=(0x0B5F, part, k)).generate_state(1, np.uint64)[0] >> 1)
-        drawn.append(observe.on_arrays(some["x"], some["parameters"], noise))
-    return {"theta": pairs["theta"], "x": {name: np.concatenate([d[name] for d in drawn]) for name in drawn[0]}}
 
 
 def measured(parts: list[Part]) -> dict[str, Any]:
@@ -176,6 +151,8 @@ def _written(examination: Examination, parts: list[Part], signer: Any, seconds: 
         "format_version": FORMAT_VERSION,
         "level": examination.level,
         **measured(parts),
+        "diagnosis": [f.to_json() for f in diagnose(run, [v for part in parts for v in part.criteria if not v.passed],
+                                                    {name: values for part in parts for name, values in part.arrays.items()})],
         "thresholds": asdict(examination.criteria),
         "valid_for": {"observations": 1, "parameters": run.prior.names, "device": examination.device},
         "estimator": run.architecture.estimator,

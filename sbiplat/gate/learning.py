@@ -24,7 +24,7 @@ from sbiplat.bank.bank import Bank
 from sbiplat.bank.stream import pairs_at, split
 from sbiplat.errors import RunError, SettingError
 from sbiplat.estimators.base import find_trained_here
-from sbiplat.gate.examine import observed
+from sbiplat.gate.rows import observed
 from sbiplat.nets import embeddings
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import Progress

@@ -15,7 +15,7 @@ import numpy as np
 from sbiplat import files
 from sbiplat.bank.stream import pairs_at, split
 from sbiplat.errors import RunError
-from sbiplat.gate.examine import observed
+from sbiplat.gate.rows import observed
 from sbiplat.posteriors import recalibrated
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import Progress

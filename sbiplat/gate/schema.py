@@ -31,6 +31,15 @@ class CriterionForm(_Strict):
     mend: str = ""
 
 
+class FindingForm(_Strict):
+    """One defect of a refused posterior: what shows it, what usually mends it, and that as a command where there is one."""
+
+    defect: str
+    evidence: str
+    mend: str
+    command: str
+
+
 class ValidFor(_Strict):
     """What the verdict holds for, besides the digests. observations: how many independent ones make one x."""
 
@@ -98,6 +107,7 @@ class CertificateForm(_Strict):
     passed: bool
     level: Literal["draft", "standard", "publication"]
     criteria: Annotated[list[CriterionForm], Field(min_length=1)]
+    diagnosis: list[FindingForm]
     not_tested: list[str]
     thresholds: dict[str, JsonValue]
     figures: dict[str, JsonValue]

@@ -1,0 +1,196 @@
+"""The diagnosis of a refused posterior: its defects by name, what shows each, and the command that usually mends it.
+
+Several criteria may see one defect, and one criterion says how large a figure is rather than what is wrong. So failed criteria are
+gathered by defect, in the order in which they are best mended: a posterior that does not use x need not be asked about its width.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from sbiplat.errors import RunError
+from sbiplat.gate import learning
+from sbiplat.gate.criterion import Criterion
+from sbiplat.observation import feature_names
+from sbiplat.runs import Run
+from sbiplat.simulator import available
+
+OVERFITTED = 0.2  # nats between the losses of validation and training at the best epoch
+
+
+@dataclass(frozen=True)
+class Finding:
+    """defect: its name. evidence: what shows it, in words. mend: what usually helps. command: that as typed; "" where there is none."""
+
+    defect: str
+    evidence: str
+    mend: str
+    command: str = ""
+
+    def to_json(self) -> dict[str, str]:
+        return asdict(self)
+
+
+def diagnose(run: Run, failed: Sequence[Criterion], arrays: Mapping[str, Any] | None = None) -> list[Finding]:
+    """The findings of a run that the gate refused, the first to be mended first. arrays: those of RUN/diagnostics.npz."""
+    if not failed:
+        return []
+    by_name = {c.name: c for c in failed}
+    commands = _Commands(run)
+    found = [*_tested_too_little(by_name, commands), *_not_using_x(by_name, commands), *_fragile(run, by_name, commands, arrays or {}),
+             *_shape(by_name, commands), *_too_few(run, by_name, commands)]
+    known = {name for finding in found for name in finding[0]}
+    rest = [((c.name,), Finding(c.name, c.statement, c.mend)) for c in failed if c.name not in known]
+    return [finding for _, finding in (*found, *rest)]
+
+
+Found = list[tuple[tuple[str, ...], Finding]]
+
+
+class _Commands:
+    """Commands on this run, as typed."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.bank = run, run.record["bank"]
+
+    def again(self, *words: str, bank: str = "") -> str:
+        """Train anew into another directory, with other settings."""
+        return self._line("sbiplat", "train", bank or str(self.bank["path"]), "--estimator", self.run.architecture.estimator,
+                          "--out", f"{self.run.path}-2", *words)
+
+    def more(self, rows: int) -> str:
+        """Extend the bank and train on it."""
+        recorded = dict(self.bank.get("simulator") or {})
+        simulator = str(recorded.get("name" if recorded.get("name") in available() else "spec", "SIM"))
+        made = self._line("sbiplat", "simulate", simulator, "--n", str(rows), "--seed", str(self.bank["seed"]), "--out",
+                          str(self.bank["path"]))
+        return f"{made} && {self.again()}"
+
+    def of_run(self, command: str, *words: str) -> str:
+        return self._line("sbiplat", command, str(self.run.path), *words)
+
+    def longer(self) -> str:
+        epochs = int(self.run.record["training"].get("max_epochs") or 10)
+        return self.again("--set", f"max_epochs={2 * epochs}")
+
+    def larger(self) -> str:
+        """Train a larger net, of a flow; longer, of another estimator."""
+        transforms = getattr(self.run.architecture.settings, "transforms", None)
+        return self.longer() if transforms is None else self.again("--set", f"transforms={transforms + 2}")
+
+    @staticmethod
+    def _line(*words: str) -> str:
+        return shlex.join(words)
+
+
+def _some(by_name: Mapping[str, Criterion], names: Iterable[str]) -> list[Criterion]:
+    return [by_name[name] for name in names if name in by_name]
+
+
+def _told(criteria: Sequence[Criterion]) -> str:
+    return "; ".join(f"{c.name}: {c.statement}" for c in criteria)
+
+
+def _names(criteria: Sequence[Criterion]) -> tuple[str, ...]:
+    return tuple(c.name for c in criteria)
+
+
+def _tested_too_little(by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
+    out: Found = []
+    if pairs := by_name.get("pairs"):
+        out.append((("pairs",), Finding("tested too little", pairs.statement, "more held-out pairs, of a larger bank",
+                                        commands.more(10 * math.ceil(pairs.threshold)))))
+    if draws := by_name.get("draws"):
+        out.append((("draws",), Finding("tested too little", draws.statement, "more draws a pair",
+                                        commands.of_run("gate", "--set", "draws=1000"))))
+    return out
+
+
+def _not_using_x(by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
+    seen = _some(by_name, ("information", "nearest rows"))
+    if not seen:
+        return []
+    rate = float(commands.run.record["training"].get("learning_rate") or 1e-3)
+    defect = "not using x" if "information" in by_name else "knowing less than the bank's nearest rows"
+    return [(_names(seen), Finding(defect, _told(seen), seen[0].mend, commands.again("--set", f"learning_rate={rate / 3:.1g}")))]
+
+
+def _fragile(run: Run, by_name: Mapping[str, Criterion], commands: _Commands, arrays: Mapping[str, Any]) -> Found:
+    seen = _some(by_name, ("fragility", "coverage under attack"))
+    if not seen:
+        return []
+    along = fragile_feature(run, arrays)
+    return [(_names(seen), Finding(f"fragile{f' along {along}' if along else ''}", _told(seen),
+                                   "a defended training: the net's answer to x is smoothed", commands.again("--defend", "fisher:0.01")))]
+
+
+def fragile_feature(run: Run, arrays: Mapping[str, Any]) -> str:
+    """The feature that the worst perturbations move most, by its label or index; "" where none was found."""
+    delta = arrays.get("attack_delta")  # (sizes, observations, F)
+    if delta is None or delta.ndim != 3 or not delta.size or delta.shape[2] != run.x.size:
+        return ""
+    size = np.sqrt(np.nanmean(np.square(delta[-1].astype(float)), axis=0))
+    return feature_names(run.x, np.array([size.argmax()]))[0] if np.isfinite(size).all() and size.max() > 0 else ""
+
+
+def _shape(by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
+    """Width, bias, tails, dependence and what is wrong in some place only."""
+    uniform = {n: c for n, c in by_name.items() if n.startswith("coverage ") and n not in
+               ("coverage by x", "coverage by theta", "coverage under attack")}
+    biased = [c for c in uniform.values() if c.mend.startswith("biased")]
+    local, wrong = _some(by_name, ("coverage by x", "coverage by theta")), _some(by_name, ("C2ST", "tails"))
+    wide = _some(by_name, ("over-coverage",))
+    narrow = _some(by_name, ("under-coverage",))
+    rest = [c for c in uniform.values() if c not in biased]
+    everywhere = not local and not wrong
+    mended = commands.of_run("recalibrate", "--out", f"{commands.run.path}-recalibrated")
+    out: Found = []
+    if narrow:
+        out.append((_names(narrow + rest), Finding(
+            "over-confident", _told(narrow), "more simulations, or a smaller net; or recalibration, if it is so everywhere",
+            mended if everywhere else commands.more(2 * int(commands.bank["rows"])))))
+    if wide:
+        out.append((_names(wide + rest), Finding(
+            "under-confident", _told(wide), "longer training; or recalibration, if it is so everywhere",
+            mended if everywhere else commands.longer())))
+    if biased:
+        which = ", ".join(c.name.removeprefix("coverage SBC ").removeprefix("coverage function ") for c in biased)
+        out.append((_names(biased), Finding(f"biased in {which}", _told(biased), "; ".join(sorted({c.mend for c in biased})),
+                                            mended if everywhere and not narrow and not wide else commands.longer())))
+    if local:
+        out.append((_names(local), Finding("failing in a region", _told(local), "; ".join(c.mend for c in local if c.mend),
+                                           commands.more(2 * int(commands.bank["rows"])))))
+    if wrong or (rest and not narrow and not wide):
+        seen = [*wrong, *(rest if not narrow and not wide else [])]
+        out.append((_names(seen), Finding("misshapen", _told(seen), "; ".join(sorted({c.mend for c in seen if c.mend})),
+                                          commands.larger())))
+    return out
+
+
+def _too_few(run: Run, by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
+    """What the losses and the learning curve say of the bank's size; the curve is not measured here."""
+    try:
+        curve = learning.read(run)
+    except RunError:
+        curve = None
+    if curve is not None and curve.next_gain > learning.TOLERANCE:
+        return [((), Finding("too few simulations", f"learning curve: {curve.statement}", "a larger bank", commands.more(curve.next_rows)))]
+    gap = overfitting(run)
+    if curve is None and gap is not None and gap > OVERFITTED:
+        return [((), Finding("too few simulations", f"at the best epoch the loss of rows in training is {gap:.2f} below that of others",
+                             "a larger bank; how large, a learning curve says", commands.of_run("learning-curve")))]
+    return []
+
+
+def overfitting(run: Run) -> float | None:
+    """Validation loss less training loss at the best epoch, None where the run does not say."""
+    best = dict(run.record.get("outcome") or {}).get("best_epoch")
+    line = next((m for m in run.metrics() if m.get("epoch") == best), None)
+    losses = [line.get(k) for k in ("validation_loss", "train_loss")] if line else [None]
+    return float(losses[0] - losses[1]) if all(isinstance(v, int | float) and math.isfinite(v) for v in losses) else None
