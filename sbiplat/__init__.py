@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sbiplat.gate.certificate import Certificate
     from sbiplat.gate.door import load
     from sbiplat.gate.examine import gate
+    from sbiplat.gate.local import local_c2st
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
     from sbiplat.posteriors.from_sbi import from_sbi
@@ -45,6 +46,7 @@ _HOMES = {
     "sbiplat.gate.certificate": ("Certificate",),
     "sbiplat.gate.door": ("load",),
     "sbiplat.gate.examine": ("gate",),
+    "sbiplat.gate.local": ("local_c2st",),
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
     "sbiplat.posteriors.from_sbi": ("from_sbi",),
@@ -63,7 +65,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Posterior",
     "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "command_simulator", "from_sbi",
-    "gate", "load", "nearest", "pairs", "read_observation", "report", "simulate", "simulator", "train", "tune",
+    "gate", "load", "local_c2st", "nearest", "pairs", "read_observation", "report", "simulate", "simulator", "train", "tune",
 ]
 
 

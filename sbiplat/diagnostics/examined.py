@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +20,19 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Examined:
-    """pairs: held-out (theta in R^D, x), which training never saw. training: other rows of the bank, for scales and references."""
+    """pairs: held-out (theta in R^D, x), which training never saw. training: other rows of the bank, for scales and references.
+
+    Of the user's own, in the user's space: functions of theta (..., D) -> (...) whose coverage is to be tested, by name; references of
+    TARP, x (a batch as the simulator returns it) -> theta (B, D) or (B, R, D).
+    """
 
     posterior: Posterior
     pairs: Pairs
     training: Pairs
     seed: int
     progress: Progress = silent
+    functions: Mapping[str, Callable[[Array], Any]] = field(default_factory=dict)
+    references: Callable[[Any], Any] | None = None
 
     @property
     def truth(self) -> Array:
@@ -33,7 +41,7 @@ class Examined:
 
     def first(self, pairs: int) -> Examined:
         """The same with the first so many pairs."""
-        return Examined(self.posterior, take(self.pairs, slice(pairs)), self.training, self.seed, self.progress)
+        return replace(self, pairs=take(self.pairs, slice(pairs)))
 
     def stream(self, *key: int) -> np.random.SeedSequence:
         """A stream of random numbers of a diagnostic's own, named by numbers."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import STATUS, versions
 from sbiplat.bank.stream import pairs_at, split, take
 from sbiplat.diagnostics.examined import Examined
-from sbiplat.errors import RunError
+from sbiplat.errors import RunError, SettingError
 from sbiplat.gate.certificate import FORMAT_VERSION, Certificate
 from sbiplat.gate.criteria import NOT_TESTED, PARTS, Criteria
 from sbiplat.gate.criterion import Part
@@ -35,32 +36,52 @@ REFERENCE_BYTES = 2**28
 
 def gate(
     run: Run | str | Path, *, n: int | None = None, seed: int = 0, bank: str | Path | None = None,
-    simulator: Simulator | str | None = None, device: str = "cpu", progress: Progress | None = None, **thresholds: Any,
+    simulator: Simulator | str | None = None, functions: Mapping[str, Callable[[Any], Any]] | None = None,
+    references: Callable[[Any], Any] | None = None, device: str = "cpu", progress: Progress | None = None, **thresholds: Any,
 ) -> Certificate:
     """Test a finished run on held-out pairs, write its certificate and return it, passed or not.
 
-    n: pairs, by default 1000 or as many as were held out. simulator: of a bank of signals, as for `train`.
-    thresholds: fields of `Criteria` by name.
+    n: pairs, by default 1000 or as many as were held out. simulator: of a bank of signals, as for `train`. functions: of theta (..., D) to
+    (...), by name, whose coverage is to be tested beside the parameters'. references: x, a batch of observations, to theta (B, D) or
+    (B, R, D), as further reference points of TARP; they must not come from the posterior. thresholds: fields of `Criteria` by name.
     """
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
     seed = whole_seed(seed)
+    require_callables(functions, references)
     criteria = build_settings(Criteria, {**thresholds, **({"pairs": n} if n is not None else {})})
     progress = progress or Progress.auto()
     start = time.monotonic()
     source = run.bank(bank)
-    observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
-    if observe and source_digest(observe.function) != run.record.get("observe_source"):
-        raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
-    pairs, training = _pairs(run, source, criteria.pairs, seed)
-    if observe:
-        some = take(pairs, slice(8))
-        check_observe(observe, some["x"], some["parameters"])
-        pairs, training = (_observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
-    examined = Examined(from_run(run, device), pairs, training, seed, progress)
+    examined = examined_of(run, source, criteria.pairs, seed, simulator, device, progress)
+    examined = replace(examined, functions=dict(functions or {}), references=references)
     parts = [examine(examined, criteria) for examine in PARTS]
     certificate = _certify(run, source, criteria, parts, seed, time.monotonic() - start)
     certificate.save()
     return certificate
+
+
+def examined_of(run: Run, source: Bank, pairs: int, seed: int, simulator: Simulator | str | None, device: str,
+                progress: Progress) -> Examined:
+    """A run's posterior with at most so many of its held-out pairs, and other rows of its bank."""
+    observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
+    if observe and source_digest(observe.function) != run.record.get("observe_source"):
+        raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
+    held_out, training = _pairs(run, source, pairs, seed)
+    if observe:
+        some = take(held_out, slice(8))
+        check_observe(observe, some["x"], some["parameters"])
+        held_out, training = (_observed(observe, p, seed, k) for k, p in enumerate((held_out, training)))
+    return Examined(from_run(run, device), held_out, training, seed, progress)
+
+
+def require_callables(functions: Mapping[str, Any] | None, references: Any) -> None:
+    """Raises SettingError where the user's own functions of the gate are none."""
+    for name, function in dict(functions or {}).items():
+        if not isinstance(name, str) or not name.strip() or not callable(function):
+            raise SettingError(f"functions must be named functions of theta, as functions={{\"sum\": lambda theta: theta.sum(-1)}}; "
+                               f"{name!r} is {function!r}")
+    if references is not None and not callable(references):
+        raise SettingError("references must be a function of x that gives theta, (B, D); the number of points is reference_points")
 
 
 def _pairs(run: Run, bank: Bank, most: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
