@@ -78,9 +78,10 @@ class Coverage:
 
 def ranks(draws: Array, truth: Array, rng: np.random.Generator) -> Array:
     """Randomised ranks of `truth` (P, ...) among `draws` (P, L, ...): as truth, in (0, 1). Ties are broken at random."""
-    own = truth[:, None]
-    below = np.count_nonzero(draws < own, axis=1)
-    ties = np.count_nonzero(draws == own, axis=1)
+    own, among = truth.reshape(len(truth), -1), draws.reshape(*draws.shape[:2], -1)
+    columns = [(among[..., k], own[:, k, None]) for k in range(own.shape[1])]  # one by one: several times faster than along an axis
+    below = np.stack([np.count_nonzero(d < t, axis=1) for d, t in columns], axis=1).reshape(truth.shape)
+    ties = np.stack([np.count_nonzero(d == t, axis=1) for d, t in columns], axis=1).reshape(truth.shape)
     return (below + rng.uniform(size=truth.shape) * (ties + 1)) / (draws.shape[1] + 1)
 
 
@@ -91,7 +92,7 @@ def outside(draws: Array, truth: Array) -> NDArray[np.bool_]:
 
 def distances(draws: Array, references: Array) -> Array:
     """Squared distances of draws (P, L, D) to references (P, R, D): (P, L, R), up to a constant of each reference."""
-    return np.square(draws).sum(-1)[..., None] - 2 * draws @ np.swapaxes(references, 1, 2)
+    return np.einsum("...d,...d->...", draws, draws)[..., None] - 2 * draws @ np.swapaxes(references, 1, 2)
 
 
 def tarp_ranks(draws: Array, truth: Array, references: Array, rng: np.random.Generator) -> Array:

