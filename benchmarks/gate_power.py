@@ -7,7 +7,7 @@ that its `check_sbc` (its `check_uniformity_frequentist`) and `check_tarp` give,
 `check_tarp` applies to its own. Without it its column stays empty.
 
     python benchmarks/gate_power.py --seeds 100         # measure, resuming
-    python benchmarks/gate_power.py --table             # the tables of docs/benchmarks.md
+    python benchmarks/gate_power.py --table             # write the tables into docs/gate.md
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import re
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from known import CASES, DEFECTS, DRAWS_ONLY, PROBLEMS, examined
 from sbiplat.gate.calibration import examine
 from sbiplat.gate.criteria import Criteria
 
+DOCS = Path(__file__).parents[1] / "docs" / "gate.md"
 KINDS = {"TARP": "coverage TARP", "HPD": "coverage HPD", "SBC": "coverage SBC", "under": "under-coverage",
          "over": "over-coverage", "tails": "tails", "local": "local coverage", "by theta": "coverage by theta", "C2ST": "C2ST",
          "information": "information", "nearest": "nearest rows"}
@@ -92,7 +94,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=100)
     parser.add_argument("--peer-seeds", type=int, default=100)
     parser.add_argument("--only", default="", help="cases whose 'problem | defect' this regular expression finds")
-    parser.add_argument("--table", action="store_true", help="print the tables only")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the tables into docs/gate.md")
     arguments: Any = parser.parse_args()
     cells = Cells("gate_power")
     cases = [case for case in CASES if re.search(arguments.only, " | ".join(case))]
@@ -104,6 +106,10 @@ def main() -> None:
             if seed < min(arguments.peer_seeds, arguments.seeds):
                 cells.measure(f"peers | {key}", lambda p=problem, d=defect, s=seed: peers(p, d, s, Criteria().false_alarm))
     print(tables(cells))
+    if arguments.table:
+        before, rest = DOCS.read_text().split("<!-- table: gate_power -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        DOCS.write_text(f"{before}<!-- table: gate_power -->\n\n{tables(cells)}\n\n{end}{after}")
 
 
 if __name__ == "__main__":

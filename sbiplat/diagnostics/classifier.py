@@ -120,11 +120,11 @@ class Ratio:
 def joint_c2st(truth: Array, draws: Array, features: Array, mapping: Map, rng: np.random.Generator) -> JointC2ST:
     """Truths (P, D) against draws (P, M, D) given features of x (P, F)."""
     half, draws = rng.permutation(len(truth)), draws[:, :TESTED_DRAWS]
+    few = _fitted_draws(mapping, truth, features)
     halves = half[::2], half[1::2]
     areas, p_values, errors = [], [], []
     for fitted, tested in (halves, halves[::-1]):
-        few = draws[fitted, :FITTED_DRAWS]
-        ratio = Ratio(mapping(np.concatenate([truth[fitted, None], few], axis=1), features[fitted]))
+        ratio = Ratio(mapping(np.concatenate([truth[fitted, None], draws[fitted, :few]], axis=1), features[fitted]))
         w = ratio.weights(np.zeros((1, len(fitted)), int))[0]
         u = np.empty(len(tested))
         step = max(1, ROWS // (draws.shape[1] + 1))
@@ -147,8 +147,7 @@ def local_c2st(examined: Examined, x: Fields, draws: int = 1000, nulls: int = 50
     references = References.fit(features(examined.training["x"]), np.asarray(examined.training["theta"], float), fit)
     here, there = features(examined.pairs["x"]), features(x)
     make = Map(references, truth.shape[1], here.shape[1], np.random.default_rng(mapping))
-    size = make(truth[:1, None], here[:1]).shape[-1]
-    few = int(np.clip(MOST_NUMBERS // (len(truth) * size), 4, FITTED_DRAWS))
+    few = _fitted_draws(make, truth, here)
     pair_seed, own_seed = (int(s.generate_state(1)[0]) for s in seeds)
     own = posterior.unconstrained_sample(examined.pairs["x"], few, pair_seed)
     z = posterior.unconstrained_sample(x, draws, own_seed)
@@ -161,3 +160,9 @@ def local_c2st(examined: Examined, x: Fields, draws: int = 1000, nulls: int = 50
     statistics = np.square(probability - 0.5).mean(0)
     p_value = (1 + int((statistics[1:] >= statistics[0]).sum())) / (nulls + 1)
     return LocalC2ST(p_value, float(statistics[0]), statistics[1:], posterior.prior.constrain(z[0]), probability[:, 0], len(truth))
+
+
+def _fitted_draws(mapping: Map, truth: Array, features: Array) -> int:
+    """Draws a pair to learn from: as many as fit the memory."""
+    size = mapping(truth[:1, None], features[:1]).shape[-1]
+    return int(np.clip(MOST_NUMBERS // (len(truth) * size), 4, FITTED_DRAWS))
