@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sbiplat.gate.door import load
     from sbiplat.gate.examine import gate
     from sbiplat.gate.learning import learning_curve
+    from sbiplat.gate.local import local_c2st
     from sbiplat.gate.recalibrate import recalibrate
     from sbiplat.gate.verify import verify
     from sbiplat.observation import read_observation
@@ -55,6 +56,7 @@ _HOMES = {
     "sbiplat.gate.learning": ("learning_curve",),
     "sbiplat.gate.recalibrate": ("recalibrate",),
     "sbiplat.gate.verify": ("verify",),
+    "sbiplat.gate.local": ("local_c2st",),
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
     "sbiplat.posteriors.from_sbi": ("from_sbi",),
@@ -73,7 +75,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
     "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "attack",
-    "command_simulator", "from_sbi", "gate", "learning_curve", "load", "nearest", "pairs", "predictive_check",
+    "command_simulator", "from_sbi", "gate", "learning_curve", "load", "local_c2st", "nearest", "pairs", "predictive_check",
     "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune", "verify",
 ]
 

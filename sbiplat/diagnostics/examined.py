@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +22,10 @@ Array = NDArray[np.float64]
 @dataclass(frozen=True)
 class Examined:
     """pairs: held-out (theta in R^D, x), which training never saw. training: other rows of the bank, for scales and references.
-    spread: who shares the work."""
+
+    Of the user's own, in the user's space: functions of theta (..., D) -> (...) whose coverage is to be tested, by name; references of
+    TARP, x (a batch as the simulator returns it) -> theta (B, D) or (B, R, D). spread: who shares the work.
+    """
 
     posterior: Posterior
     pairs: Pairs
@@ -28,6 +33,8 @@ class Examined:
     seed: int
     progress: Progress = silent
     spread: Spread = ALONE
+    functions: Mapping[str, Callable[[Array], Any]] = field(default_factory=dict)
+    references: Callable[[Any], Any] | None = None
 
     @property
     def truth(self) -> Array:

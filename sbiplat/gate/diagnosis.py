@@ -142,9 +142,9 @@ def fragile_feature(run: Run, arrays: Mapping[str, Any]) -> str:
 def _shape(by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
     """Width, bias, tails, dependence and what is wrong in some place only."""
     uniform = {n: c for n, c in by_name.items() if n.startswith("coverage ") and n not in
-               ("coverage by x", "coverage by theta", "coverage under attack")}
+               ("local coverage", "coverage by theta", "coverage under attack")}
     biased = [c for c in uniform.values() if c.mend.startswith("biased")]
-    local, wrong = _some(by_name, ("coverage by x", "coverage by theta")), _some(by_name, ("C2ST", "tails"))
+    local, wrong = _some(by_name, ("local coverage", "coverage by theta")), _some(by_name, ("C2ST", "tails"))
     wide = _some(by_name, ("over-coverage",))
     narrow = _some(by_name, ("under-coverage",))
     rest = [c for c in uniform.values() if c not in biased]

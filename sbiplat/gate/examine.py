@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,38 +22,37 @@ from sbiplat import files
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.farm import mpi_world, one_fate, together
 from sbiplat.bank.layout import versions
-from sbiplat.bank.stream import take
 from sbiplat.diagnostics.examined import Examined
 from sbiplat.diagnostics.spread import Spread
-from sbiplat.errors import RunError, SettingError, Uncertified
+from sbiplat.errors import SettingError, Uncertified
 from sbiplat.gate import signature
 from sbiplat.gate.certificate import Certificate, digests_of, hashed
 from sbiplat.gate.criteria import DRAFT, PARTS, Criteria, at_level
 from sbiplat.gate.criterion import Part
 from sbiplat.gate.diagnosis import diagnose
-from sbiplat.gate.rows import held_out_pairs, observed
+from sbiplat.gate.rows import examined_of
 from sbiplat.gate.schema import FORMAT_VERSION
-from sbiplat.observe import check_observe
-from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import Progress, silent
 from sbiplat.runs import Run
 from sbiplat.settings import whole_seed
 from sbiplat.simulator import Simulator
-from sbiplat.source import code_digest, source_digest
-from sbiplat.training.begin import observe_of
+from sbiplat.source import code_digest
 
 T = TypeVar("T")
 
 
 def gate(
     run: Run | str | Path, *, n: int | None = None, level: str = "standard", seed: int = 0, bank: str | Path | None = None,
-    simulator: Simulator | str | None = None, device: str = "cpu", key: str | Path | None = None, workers: int = 1,
+    simulator: Simulator | str | None = None, functions: Mapping[str, Callable[[Any], Any]] | None = None,
+    references: Callable[[Any], Any] | None = None, device: str = "cpu", key: str | Path | None = None, workers: int = 1,
     progress: Progress | None = None, **thresholds: Any,
 ) -> Certificate:
     """Test a finished run on held-out pairs, write its certificate and return it, passed or not.
 
     n: pairs, by default those of the level or as many as were held out. level: draft, standard or publication; a draft opens no door, and
-    never replaces a certificate that holds. simulator: of a bank of signals, as for `train`. key: file of an Ed25519 key that signs.
+    never replaces a certificate that holds. simulator: of a bank of signals, as for `train`. functions: of theta (..., D) to (...), by
+    name, whose coverage is to be tested beside the parameters'. references: x, a batch of observations, to theta (B, D) or (B, R, D), as
+    further reference points of TARP; they must not come from the posterior. key: file of an Ed25519 key that signs.
     workers: local processes, of one thread each; under mpiexec the ranks count. The figures are the same on any number of either.
     thresholds: fields of `Criteria` by name, which go before the level's.
     """
@@ -62,10 +61,13 @@ def gate(
     progress = (progress or Progress.auto()) if first else silent
 
     def prepare() -> tuple[Any, Examination]:
+        require_callables(functions, references)
         signer = signature.read_private(key) if key is not None and first else None
         criteria = at_level(level, {**thresholds, **({"pairs": n} if n is not None else {})})
         spread = Spread(comm, workers_on(device, workers))
-        return signer, Examination.of(run, criteria, level, seed, bank, simulator, device, spread, progress)
+        examination = Examination.of(run, criteria, level, seed, bank, simulator, device, spread, progress)
+        own = replace(examination.examined, functions=dict(functions or {}), references=references)
+        return signer, replace(examination, examined=own)
 
     with one_fate(comm) if comm else nullcontext():
         signer, examination = _alike(comm, prepare)
@@ -77,6 +79,16 @@ def gate(
         content = _alike(comm, finish)
         content = comm.bcast(content) if comm else content
     return Certificate(content, examination.run.path)
+
+
+def require_callables(functions: Mapping[str, Any] | None, references: Any) -> None:
+    """Raises SettingError where the user's own functions of the gate are none."""
+    for name, function in dict(functions or {}).items():
+        if not isinstance(name, str) or not name.strip() or not callable(function):
+            raise SettingError(f"functions must be named functions of theta, as functions={{\"sum\": lambda theta: theta.sum(-1)}}; "
+                               f"{name!r} is {function!r}")
+    if references is not None and not callable(references):
+        raise SettingError("references must be a function of x that gives theta, (B, D); the number of points is reference_points")
 
 
 def workers_on(device: str, workers: int) -> int:
@@ -114,17 +126,9 @@ class Examination:
     ) -> Examination:
         """Open all of it; raises UserError for what is missing or has changed."""
         run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
-        seed = whole_seed(seed)
         source = run.bank(bank)
-        observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
-        if observe and source_digest(observe.function) != run.record.get("observe_source"):
-            raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
-        pairs, training = held_out_pairs(run, source, criteria.pairs, seed)
-        if observe:
-            some = take(pairs, slice(8))
-            check_observe(observe, some["x"], some["parameters"])
-            pairs, training = (observed(observe, p, seed, k) for k, p in enumerate((pairs, training)))
-        return cls(run, source, criteria, level, Examined(from_run(run, device), pairs, training, seed, progress, spread), device)
+        examined = examined_of(run, source, criteria.pairs, whole_seed(seed), simulator, device, progress)
+        return cls(run, source, criteria, level, replace(examined, spread=spread), device)
 
     def parts(self) -> list[Part]:
         """What each kind of examination finds."""

@@ -9,14 +9,34 @@ import numpy as np
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import STATUS
 from sbiplat.bank.stream import pairs_at, split, take
+from sbiplat.diagnostics.examined import Examined
 from sbiplat.errors import RunError
-from sbiplat.observe import Observe
+from sbiplat.observe import Observe, check_observe
+from sbiplat.posteriors.of_run import from_run
+from sbiplat.progress import Progress
 from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
-from sbiplat.training.begin import TrainSettings
+from sbiplat.simulator import Simulator
+from sbiplat.source import source_digest
+from sbiplat.training.begin import TrainSettings, observe_of
 
 REFERENCE_ROWS = 10_000
 REFERENCE_BYTES = 2**28
+
+
+def examined_of(
+    run: Run, source: Bank, pairs: int, seed: int, simulator: Simulator | str | None, device: str, progress: Progress,
+) -> Examined:
+    """A run's posterior with at most so many of its held-out pairs, and other rows of its bank; raises UserError for what has changed."""
+    observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
+    if observe and source_digest(observe.function) != run.record.get("observe_source"):
+        raise RunError(f"the code of observe has changed since {run.path} was trained; train again")
+    held_out, training = held_out_pairs(run, source, pairs, seed)
+    if observe:
+        some = take(held_out, slice(8))
+        check_observe(observe, some["x"], some["parameters"])
+        held_out, training = (observed(observe, p, seed, k) for k, p in enumerate((held_out, training)))
+    return Examined(from_run(run, device), held_out, training, seed, progress)
 
 
 def held_out_pairs(run: Run, bank: Bank, most: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -101,19 +101,21 @@ class NearestSampler:
                 theta[b] = np.concatenate([theta[b], rows])[best]
                 near[b] = np.concatenate([near[b], summaries])[best]
         unconstrain = self._bank.header.prior.unconstrain
-        return [self._adjusted(unconstrain(t), s - o, d) for t, s, o, d in zip(theta, near, target, distance, strict=True)]
+        return [(*adjusted(unconstrain(t), s - o, d, float(d[-1]), self._adjust), float(d[-1]))
+                for t, s, o, d in zip(theta, near, target, distance, strict=True)]
 
-    def _adjusted(self, z: Array, gap: Array, distance: Array) -> tuple[Array, Array, float]:
-        weights = np.maximum(1 - np.square(distance / max(distance[-1], 1e-300)), 1e-12)
-        weights /= weights.sum()
-        farthest = float(distance[-1])
-        if not self._adjust:
-            return z, weights, farthest
-        centred = gap - weights @ gap
-        gram = (centred * weights[:, None]).T @ centred
-        gram += RIDGE * np.eye(len(gram)) * max(np.trace(gram) / len(gram), 1e-300)
-        slope = np.linalg.solve(gram, (centred * weights[:, None]).T @ (z - weights @ z))
-        return z - gap @ slope, weights, farthest
+
+def adjusted(z: Array, gap: Array, distance: Array, farthest: float, adjust: bool = True) -> tuple[Array, Array]:
+    """Kept rows (K, D) moved by the regression on gap = s_i - s(x) (K, S), and their weights (K,), from distances (K,)."""
+    weights = np.maximum(1 - np.square(distance / max(farthest, 1e-300)), 1e-12)
+    weights /= weights.sum()
+    if not adjust:
+        return z, weights
+    centred = gap - weights @ gap
+    gram = (centred * weights[:, None]).T @ centred
+    gram += RIDGE * np.eye(len(gram)) * max(np.trace(gram) / len(gram), 1e-300)
+    slope = np.linalg.solve(gram, (centred * weights[:, None]).T @ (z - weights @ z))
+    return z - gap @ slope, weights
 
 
 def nearest(bank: Bank | str | Path, *, keep: float = 0.01, adjust: bool = True, summaries: Run | str | Path | None = None) -> Posterior:

@@ -331,7 +331,7 @@ def _coverage(run: Run, certificate: Certificate) -> dict[str, Any]:
     names = [str(name) for name in arrays["names"]]
     worst = np.argsort(-np.abs(arrays["ecp"] - arrays["levels"]).max(1), kind="stable")
     shown = sorted({0, *worst[:figures.MOST_PANELS - 1].tolist()})
-    parameters = [k for k in shown if names[k] != "TARP"]
+    parameters = [k for k in shown if not names[k].startswith("TARP")]
     plain = [names[k].removeprefix("SBC ") for k in range(len(names))]
 
     def curves(key: str, which: list[int], xlabel: str, ylabel: str) -> figures.Image:

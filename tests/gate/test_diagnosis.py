@@ -30,7 +30,7 @@ def run(line_run, tmp_path):
     (["under-coverage", "coverage SBC slope"], "too narrow", ["over-confident"]),
     (["over-coverage"], "too wide", ["under-confident"]),
     (["coverage SBC slope"], "biased high in slope: train longer", ["biased in slope"]),
-    (["coverage by x"], "m", ["failing in a region"]),
+    (["local coverage"], "m", ["failing in a region"]),
     (["information", "C2ST"], "m", ["not using x", "misshapen"]),
     (["nearest rows"], "m", ["knowing less than the bank's nearest rows"]),
     (["fragility", "coverage under attack"], "m", ["fragile"]),
@@ -51,7 +51,7 @@ def test_the_feature_that_attacks_move_most_is_named(run):
 
 def test_a_width_that_is_wrong_everywhere_may_be_recalibrated_and_one_in_a_region_may_not(run):
     assert "recalibrate" in diagnose(run, failed("under-coverage"))[0].command
-    assert all("recalibrate" not in f.command for f in diagnose(run, failed("under-coverage", "coverage by x")))
+    assert all("recalibrate" not in f.command for f in diagnose(run, failed("under-coverage", "local coverage")))
 
 
 def test_a_curve_that_still_rises_says_how_many_simulations(run):
