@@ -52,7 +52,7 @@ class Estimator(nn.Module):
     training_defaults: ClassVar[Mapping[str, Any]] = {"ema": 0.999, "steps": 4000}
     search: ClassVar[Space] = {"learning_rate": LEARNING_RATES}
     of_the_loss: ClassVar[tuple[str, ...]] = ()
-    defences: ClassVar[tuple[str, ...]] = ("noise",)
+    defences: ClassVar[tuple[str, ...]] = ("noise", "slab")
     draws_itself: ClassVar[bool] = False
 
     def __init__(self, architecture: Architecture) -> None:

@@ -43,7 +43,7 @@ class Conditioned(Estimator):
     """Base of estimators of theta given the context s(x); they work on z, theta in R^D at unit scale."""
 
     settings_class = ConditionedSettings
-    defences = ("fisher", "noise", "adversarial")
+    defences = ("fisher", "noise", "slab", "adversarial")
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__(architecture)

@@ -17,7 +17,10 @@ Where the draws are q's own, their law depends on the weights too, and the whole
 for any b that does not depend on the draw, here the mean of the batch's other rows. Without the second term the penalty would gain twice as
 much by widening a Gaussian as it says.
 
-`noise:SCALE` trains on x + SCALE e with e ~ N(0, I) drawn anew in every step: the posterior given noisier data. `adversarial:EPS` trains on
+`noise:SCALE` trains on x + SCALE e with e ~ N(0, I) drawn anew in every step: the posterior given noisier data. `slab:SHARE` does so to a
+share of the rows only, with a noise of each row's own size, from far below a unit to far beyond: the posterior under a model of errors with a
+spike at none and a slab of any size (Ward et al., 2022). Data that the simulator could have made are told from disturbed ones by x itself, where
+x has more features than matter; so they keep their posterior, and x that it could not get a wide one. `adversarial:EPS` trains on
 x + delta, delta a step of the loss's gradient from a random start, of root mean square at most EPS over the features (Madry et al., 2018;
 in one step: Wong, Rice & Kolter, 2020).
 
@@ -43,6 +46,7 @@ from sbiplat.estimators.ensemble import Ensemble
 EVERY = 3  # the penalty is taken in one step of so many, so many times: a fraction of the price, and momentum spreads it
 SHARE = 0.5  # of a batch, for the penalty; of a piece where batches go through the net in pieces
 VALIDATION_ROWS = 1024
+SLAB = (0.03, 10.0)  # units
 STEP = 1.25  # of an attack, in units of its largest length (Wong et al.)
 Fields = dict[str, Tensor]
 
@@ -58,6 +62,24 @@ class Noise:
     def disturbed(self, estimator: Estimator, theta: Tensor, x: Fields, units: Fields) -> Fields:
         """x with noise."""
         return {**x, **{k: x[k] + self.scale * unit * torch.randn_like(x[k]) for k, unit in units.items()}}
+
+
+class Slab:
+    """slab:SHARE, of the rows of a step, each disturbed by noise of a size of its own between the least and the most, log-uniform."""
+
+    figure: ClassVar[str] = "share"
+
+    def __init__(self, share: float) -> None:
+        if share >= 1:
+            raise SettingError(f"defend = 'slab:{share:g}': expected a share of the rows below 1, such as slab:0.1")
+        self.share = share
+
+    def disturbed(self, estimator: Estimator, theta: Tensor, x: Fields, units: Fields) -> Fields:
+        """x with the noise of those rows."""
+        some = torch.rand(len(theta), device=theta.device) < self.share
+        size = torch.exp(math.log(SLAB[0]) + math.log(SLAB[1] / SLAB[0]) * torch.rand(len(theta), device=theta.device)) * some
+        noise = _times({k: torch.randn_like(x[k]) for k in units}, size)
+        return {**x, **{k: x[k] + units[k] * v for k, v in noise.items()}}
 
 
 class Adversarial:
@@ -109,7 +131,7 @@ class Fisher:
         return times * self.weight * mean
 
 
-KINDS: dict[str, type[Noise] | type[Adversarial] | type[Fisher]] = {"noise": Noise, "adversarial": Adversarial, "fisher": Fisher}
+KINDS: dict[str, type[Noise] | type[Slab] | type[Adversarial] | type[Fisher]] = {"noise": Noise, "slab": Slab, "adversarial": Adversarial, "fisher": Fisher}
 
 
 def fisher_trace(estimator: Estimator, theta: Tensor, x: Fields, units: Fields, graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -130,7 +152,7 @@ class Defence:
 
     def __init__(self, words: Sequence[str], estimator: Estimator, x: Fields, pieces: int = 1) -> None:
         made = {kind: KINDS[kind](figure) for kind, figure in parsed(words).items()}
-        self.disturbances = [d for d in made.values() if isinstance(d, Noise | Adversarial)]
+        self.disturbances = [d for d in made.values() if isinstance(d, Noise | Slab | Adversarial)]
         self.fisher = next((Fisher(d.weight * members(estimator)[0].nat()) for d in made.values() if isinstance(d, Fisher)), None)
         self.estimator, self.units, self.share = estimator, estimator.units(x) if made else {}, SHARE / pieces
 
