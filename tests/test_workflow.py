@@ -48,6 +48,10 @@ context = 8
 [gate]
 draws = 500
 deviation = 0.1
+under_coverage = 0.2
+over_coverage = 0.2
+tails = 0.1
+local = 0.5
 
 [sample]
 observation = "x.csv"

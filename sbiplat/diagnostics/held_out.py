@@ -18,10 +18,10 @@ from sbiplat.diagnostics.coverage import (
     Coverage,
     bootstrap_weights,
     coverage,
-    distances,
     outside,
     outside_figures,
     ranks,
+    tarp_ranks,
 )
 from sbiplat.diagnostics.examined import Examined
 from sbiplat.diagnostics.information import MOST_QUERIES, Information, energy_scores, information, nearest_figures, prior_energy_scores
@@ -105,7 +105,7 @@ class HeldOut:
         out = {"sbc": ranks(z, truth, rng), "sbc_outside": outside(z, truth), "mean": z.mean(1), "variance": z.var(1),
                "energy": energy_scores(z / self.references.residual, truth / self.references.residual), "kept": kept.astype(np.float32)}
         for name, (scaled, own, reference) in self._scaled(z, truth, x, part).items():
-            out[name] = ranks(distances(scaled, reference), distances(own[:, None], reference)[:, 0], rng)
+            out[name] = tarp_ranks(scaled, own, reference, rng)
         if self.functions:
             theta, theta_true = posterior.prior.constrain(z), posterior.prior.constrain(truth)
             values = [(self._value(name, theta), self._value(name, theta_true[:, None])[:, 0]) for name in self.functions]

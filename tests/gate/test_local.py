@@ -125,7 +125,7 @@ def test_lc2st_probability_says_where_the_posterior_gives_too_little():
     """Of a posterior moved up by one sd, truths lie lower: the classifier gives low draws more."""
     found = local_c2st(examined(GAUSSIAN, Defect(shift=1.0), 0, n=2000), {"x": OUTSIDE}, 500, 100)
     low = found.theta.sum(1) < np.median(found.theta.sum(1))
-    assert found.probability[low].mean() > found.probability[~low].mean() + 0.2
+    assert found.probability[low].mean() > found.probability[~low].mean() + 0.05
 
 
 def test_lc2st_is_a_function_of_the_seed_and_leaves_the_global_generators_alone():

@@ -25,7 +25,8 @@ NAME = "<svg onload=alert(1)>"
 BAD_UNIT = "</td><script>alert('unit')</script>"
 NAMES = ("rate_a", "<b>width", r"c $\frac$")
 BAD_CITATION = "<script src=http://evil.example/x.js></script> & Sons"
-LOOSE = {"n": 120, "least_pairs": 100, "draws": 500, "deviation": 1.0, "under_coverage": 1.0, "over_coverage": 1.0, "information": 0.0}
+LOOSE = {"n": 120, "least_pairs": 100, "draws": 500, "deviation": 1.0, "under_coverage": 1.0, "over_coverage": 1.0, "tails": 1.0, "local": 1.0,
+         "regions": 1.0, "c2st": 1.0, "information": 0.0, "nearest": 1.0}
 X = np.exp(np.linspace(0, 1, 24)).reshape(12, 2)
 
 
