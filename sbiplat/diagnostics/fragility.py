@@ -51,9 +51,10 @@ CHAINED = 4  # and has its intervals drawn where that takes chains
 
 @dataclass(frozen=True)
 class Fragility:
-    """Figures at one eps of P observations. worst, noise: K and kappa, (P,). gradient, search: what each attack reached, (P,), NaN where it
-    was not made. vanished: the share of steps without any gradient. attacked, noisy: whether intervals of the nominal levels hold the
-    truth, (P, levels, D), NaN where the sampler refused x' or was not asked; asked: how many it was. features: F of each observation. delta: (P, F)."""
+    """Figures at one eps of P observations. worst, noise: K and kappa, (P,). gradient, search: what each attack reached, (P,), NaN where
+    it was not made. vanished: the share of steps without any gradient. attacked, noisy: whether intervals of the nominal levels hold the
+    truth, (P, levels, D), NaN where the sampler refused x' or was not asked; asked: of how many it was. features: F of each observation.
+    delta: (P, F)."""
 
     eps: float
     worst: Array
