@@ -55,8 +55,9 @@ def attack(
     """Perturb x, one observation or a batch of B, by at most eps, so that its posterior moves most.
 
     run: a finished run, or a posterior with rows of x. eps: in whitened x, see docs/gate.md. towards: a theta (D,), or towards_x: an
-    observation whose posterior is to be imitated. universal: one perturbation for all of x. gradients: false for the gradient-free search. low, high,
-    features, project: limits, as in `Limits`. rows: of x (N, ...), for the features' scales; by default those of the run's bank.
+    observation whose posterior is to be imitated. universal: one perturbation for all of x. gradients: false for the gradient-free
+    search. low, high, features, project: limits, as in `Limits`. rows: of x (N, ...), for the features' scales; by default those of the
+    run's bank.
     settings: fields of `AttackSettings`. Raises SettingError, ObservationError, PriorError.
     """
     posterior = run if isinstance(run, Posterior) else from_run(_run(run), device)

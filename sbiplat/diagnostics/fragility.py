@@ -6,8 +6,8 @@ For each observation and eps, with delta the best of all attacks and xi noise of
 
 To second order both are quadratic forms of one matrix A(x), the Fisher information of q in x: with F features
 :math:`K = \tfrac12 F \epsilon^2 \lambda_{\max}(A)` and :math:`\kappa = \tfrac12 \epsilon^2 \mathrm{tr} A`. So :math:`K \le F \kappa`,
-whatever the posterior, as long as it answers to x in proportion; for a linear-Gaussian one, N(Gx, S), at every eps, with A = G' S^-1 G. What a net
-does beyond that, where its data never were, is the excess
+whatever the posterior, as long as it answers to x in proportion; for a linear-Gaussian one, N(Gx, S), at every eps, with
+A = G' S^-1 G. What a net does beyond that, where its data never were, is the excess
 
 .. math:: E(x) = \frac{K(x) + \tau}{F \kappa(x) + \tau}, \qquad \tau = 0.1 \text{ nat},
 
@@ -46,13 +46,15 @@ TO_STEP, TO_CHOOSE, TO_SCORE, TO_COVER = 128, 64, 128, 200  # draws an observati
 SLOW = 6  # where densities come from the solver of an ODE, so many times fewer
 CHUNK, CHUNK_NUMBERS = 100, 2**22  # observations at a time, and their numbers
 SEARCHED = 4  # one observation in so many is also searched where there are gradients
+CHAINED = 4  # and has its intervals drawn where that takes chains
 
 
 @dataclass(frozen=True)
 class Fragility:
-    """Figures at one eps of P observations. worst, noise: K and kappa, (P,). gradient, search: what each attack reached, (P,), NaN where it
-    was not made. vanished: the share of steps without any gradient. attacked, noisy: whether intervals of the nominal levels hold the
-    truth, (P, levels, D), NaN where the sampler refused x'. features: F of each observation. delta: (P, F)."""
+    """Figures at one eps of P observations. worst, noise: K and kappa, (P,). gradient, search: what each attack reached, (P,), NaN where
+    it was not made. vanished: the share of steps without any gradient. attacked, noisy: whether intervals of the nominal levels hold the
+    truth, (P, levels, D), NaN where the sampler refused x' or was not asked; asked: of how many it was. features: F of each observation.
+    delta: (P, F)."""
 
     eps: float
     worst: Array
@@ -62,6 +64,7 @@ class Fragility:
     vanished: float
     attacked: Array
     noisy: Array
+    asked: int
     features: NDArray[np.int64]
     delta: Array
 
@@ -184,7 +187,7 @@ class Attacked:
         worst = self.best(ball, torch.stack(found), choose)
         return Fragility(
             eps, self.kl(ball, worst[None], score)[0].double().cpu().numpy(), self.kl(ball, noise, score).mean(0).double().cpu().numpy(),
-            gradient, search, vanished, self.covered(ball.moved(worst), truth), self.covered(ball.moved(noise[0]), truth),
+            gradient, search, vanished, self.covered(ball.moved(worst), truth), self.covered(ball.moved(noise[0]), truth), self.asked,
             ball.free.sum(1).cpu().numpy(), worst.double().cpu().numpy())
 
     def best(self, ball: Ball, delta: Tensor, share: slice) -> Tensor:
@@ -199,13 +202,24 @@ class Attacked:
                        draws=self.draws.rows(part))
 
     def covered(self, x: Data, truth: Array) -> Array:
-        """Whether central intervals of q(. | x) hold the truth (B, D) for each nominal level, (B, levels, D); NaN where x is refused."""
+        """Whether central intervals of q(. | x) hold the truth (B, D) for each nominal level, (B, levels, D); NaN where x is refused or
+        not asked for."""
+        out = np.full((len(truth), len(NOMINAL), truth.shape[1]), np.nan)
+        out[:self.asked] = self._held({k: v[:self.asked] for k, v in x.items()}, truth[:self.asked])
+        return out
+
+    @property
+    def asked(self) -> int:
+        """Of how many observations intervals are drawn."""
+        return len(self.draws.z) if self.target.normalised else -(-len(self.draws.z) // CHAINED)
+
+    def _held(self, x: Data, truth: Array) -> Array:
         try:
             z = self.posterior.unconstrained_sample(arrays(x), TO_COVER, self.seed)
         except UserError:
             if len(truth) == 1:
                 return np.full((1, len(NOMINAL), truth.shape[1]), np.nan)
-            return np.concatenate([self.covered({k: v[b:b + 1] for k, v in x.items()}, truth[b:b + 1]) for b in range(len(truth))])
+            return np.concatenate([self._held({k: v[b:b + 1] for k, v in x.items()}, truth[b:b + 1]) for b in range(len(truth))])
         apart = np.abs(2 * (z < truth[:, None]).mean(1) - 1)
         return np.stack([(apart <= level).astype(float) for level in NOMINAL], axis=1)
 
@@ -230,4 +244,4 @@ def _joined(parts: list[Fragility]) -> Fragility:
 
     return Fragility(parts[0].eps, stack("worst"), stack("noise"), stack("gradient"), stack("search"),
                      float(np.average([p.vanished for p in parts], weights=weights)), stack("attacked"), stack("noisy"),
-                     stack("features"), stack("delta"))
+                     sum(p.asked for p in parts), stack("features"), stack("delta"))

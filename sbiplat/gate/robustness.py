@@ -71,7 +71,7 @@ def told(f: Fragility) -> dict[str, Any]:
     return {"eps": f.eps, "worst_kl": spread(f.worst), "noise_kl": spread(f.noise), "ratio": f.ratio,
             "excess": math.exp(f.log_excess.mean()), "features": float(f.features.mean()),
             "search_kl": spread(f.search[np.isfinite(f.search)]), "gradient_kl_there": spread(f.gradient[both]), "vanished": f.vanished,
-            "refused": float(np.isnan(f.attacked[:, 0, 0]).mean()),
+            "refused": 1 - float(np.isfinite(f.attacked[:, 0, 0]).sum()) / f.asked,
             "coverage": [{"nominal": alpha, "attacked": _mean(f.attacked[:, k]), "noise": _mean(f.noisy[:, k]),
                           "in_proportion": f.proportionate(alpha)} for k, alpha in enumerate(NOMINAL)]}
 
