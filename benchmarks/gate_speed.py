@@ -1,9 +1,10 @@
 """The gate's speed: coverage beside sbi's on the same trained flow, its arithmetic, the whole standard gate, and the attack.
 
-    coverage    TARP and SBC, 500 pairs x 1000 draws, of a flow that sbi trained (its default MAF): by sbi's `run_sbc` and `run_tarp`, by our
-                `HeldOut` of the same net (`sp.from_sbi`), and of our own default npe. sbi's two draw twice; ours is all that the gate measures.
+    coverage    TARP and SBC, 500 pairs x 1000 draws, of a flow that sbi trained (its default MAF): by sbi's `run_sbc` and `run_tarp`, by
+                our `HeldOut` of the same net (`sp.from_sbi`), and of our own default npe. sbi's two draw twice; ours is all that the gate
+                measures of calibration.
     arithmetic  ranks, p-values and 100 bootstraps of TARP and SBC at 500 x 1000, without the draws.
-    gate        `sp.gate` at its defaults on two_moons, by two processes.
+    gate        `sp.gate` at its defaults on two_moons, by one process and by two.
     attack      PGD, 200 steps x 100 observations x 5 restarts.
 
     taskset -c 0 python benchmarks/gate_speed.py --parts coverage arithmetic    # one thread; resumes part by part

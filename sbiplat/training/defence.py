@@ -18,9 +18,10 @@ for any b that does not depend on the draw, here the mean of the batch's other r
 much by widening a Gaussian as it says.
 
 `noise:SCALE` trains on x + SCALE e with e ~ N(0, I) drawn anew in every step: the posterior given noisier data. `slab:SHARE` does so to a
-share of the rows only, with a noise of each row's own size, from far below a unit to far beyond: the posterior under a model of errors with a
-spike at none and a slab of any size (Ward et al., 2022). Data that the simulator could have made are told from disturbed ones by x itself, where
-x has more features than matter; so they keep their posterior, and x that it could not get a wide one. `adversarial:EPS` trains on
+share of the rows only, with a noise of each row's own size, from far below a unit to far beyond: the posterior under a model of errors
+with a spike at none and a slab of any size (Ward et al., 2022). Where x has more features than theta has parameters, x itself tells
+data that the simulator could have made from disturbed ones; so the former keep their posterior, and the latter get a wide one.
+`adversarial:EPS` trains on
 x + delta, delta a step of the loss's gradient from a random start, of root mean square at most EPS over the features (Madry et al., 2018;
 in one step: Wong, Rice & Kolter, 2020).
 
@@ -131,7 +132,8 @@ class Fisher:
         return times * self.weight * mean
 
 
-KINDS: dict[str, type[Noise] | type[Slab] | type[Adversarial] | type[Fisher]] = {"noise": Noise, "slab": Slab, "adversarial": Adversarial, "fisher": Fisher}
+KINDS: dict[str, type[Noise] | type[Slab] | type[Adversarial] | type[Fisher]] = {
+    "noise": Noise, "slab": Slab, "adversarial": Adversarial, "fisher": Fisher}
 
 
 def fisher_trace(estimator: Estimator, theta: Tensor, x: Fields, units: Fields, graph: bool = False) -> tuple[Tensor, Tensor]:
