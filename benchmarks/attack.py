@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from sbiplat.settings import parse_assignments
 from sbiplat.simulator import resolve
 from simulators.sir import SURVEYED, log_infected_share, sir
 
-SIZES = (0.1, 0.2, 0.5, 1.0, 2.0)
+SIZES = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0)
 ROWS, OBSERVATIONS, SEED = 100_000, 100, 20260801
 HARD = AttackSettings(steps=200, restarts=5, queries=500)
 
@@ -86,20 +87,34 @@ def measure(task: str, settings: dict[str, Any], exact: bool, progress: Progress
     pairs = {"theta": simulator.prior.unconstrain(theta).astype(np.float32), "x": x}
     with tempfile.TemporaryDirectory() as folder:
         bank = sp.simulate(simulator, ROWS, 1, Path(folder) / "bank", progress=silent)
+        trained: dict[str, Any] = {}
         if exact:
             posterior = Posterior(simulator.prior, simulator.x, SirOnGrid())
         else:
-            posterior = from_run(sp.train(bank, "npe", out=Path(folder) / "run", progress=progress, **{"flow": "maf", **settings}))
+            start = time.process_time()
+            run = sp.train(bank, "npe", out=Path(folder) / "run", progress=progress, **{"flow": "maf", **settings})
+            seconds = time.process_time() - start
+            certificate = sp.gate(run, progress=silent)
+            trained = {"training_seconds": seconds, "steps": run.record["outcome"]["steps"],
+                       "refused_by": [c.name for c in certificate.failed], "certified": certificate.passed}
+            posterior = from_run(run)
         rows = {k: np.asarray(bank.x[:10_000]) for k in simulator.x.shapes} if simulator.x.plain else {}
     log_q = posterior.unconstrained_log_prob(pairs["theta"][:, None].astype(float), x)[:, 0]
     examined = Examined(posterior, pairs, {"theta": pairs["theta"], "x": rows}, SEED, progress).first(OBSERVATIONS)
     found, _ = fragility(examined, SIZES, HARD if not exact else replace(HARD, steps=50, restarts=2))
-    return {"log_density": float(log_q.mean()), "error": float(log_q.std() / math.sqrt(len(log_q))),
+    return {**trained, "log_density": float(log_q.mean()), "error": float(log_q.std() / math.sqrt(len(log_q))),
             "eps": [{**told(f), "worst_mean": float(f.worst.mean()), "noise_mean": float(f.noise.mean())} for f in found]}
 
 
 def show(cells: Cells) -> None:
-    """A table for each cell: medians over observations, and coverage at nominal 0.5 of the worst parameter."""
+    """All cells beside one another; then a table for each: medians over observations, coverage at nominal 0.5 of the worst parameter."""
+    rows = []
+    for key, cell in cells.content["cells"].items():
+        plain = cells.content["cells"].get(f"{key.split()[0]} npe", {})
+        cost = cell["training_seconds"] / cell["steps"] / (plain["training_seconds"] / plain["steps"]) if plain and "steps" in cell else ""
+        verdict = "" if "certified" not in cell else "certified" if cell["certified"] else f"refused: {', '.join(cell['refused_by'])}"
+        rows.append([key, cell["log_density"], *(f["worst_kl"][1] for f in cell["eps"]), cost, verdict])
+    print(table(rows, ["posterior", "held-out log-density", *(f"worst KL, eps {e:g}" for e in SIZES), "seconds a step, of undefended", "gate"]))
     for key, cell in cells.content["cells"].items():
         print(f"\n{key}: held-out log-density {cell['log_density']:.3f} +- {cell['error']:.3f} nats\n")
         rows = [[f["eps"], f["worst_kl"][1], f["noise_kl"][1], f["ratio"], f["excess"], min(f["coverage"][0]["attacked"], default=math.nan),
