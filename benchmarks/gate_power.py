@@ -75,7 +75,8 @@ def tables(cells: Cells) -> str:
         found = [cells[k] for k in keys]
         rows.append([defect, problem, len(found), _share([bool(f) for f in found]),
                      *(_share([kind in f for f in found]) for kind in KINDS)])
-        keys = [k for k in cells.content["cells"] if k.startswith(f"peers | {problem} | {defect} | ")]
+        keys = [k for k in cells.content["cells"] if k.startswith(f"peers | {problem} | {defect} | ")
+                and k.removeprefix("peers | ") in cells.content["cells"]]
         if keys:
             theirs = [cells[k] for k in keys]
             ours = [bool(cells[k.removeprefix("peers | ")]) for k in keys]

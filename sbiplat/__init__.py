@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sbiplat.gate.examine import gate
     from sbiplat.gate.learning import learning_curve
     from sbiplat.gate.local import local_c2st
+    from sbiplat.gate.predictive import predictive_coverage
     from sbiplat.gate.recalibrate import recalibrate
     from sbiplat.gate.verify import verify
     from sbiplat.observation import read_observation
@@ -54,6 +55,7 @@ _HOMES = {
     "sbiplat.gate.door": ("load",),
     "sbiplat.gate.examine": ("gate",),
     "sbiplat.gate.learning": ("learning_curve",),
+    "sbiplat.gate.predictive": ("predictive_coverage",),
     "sbiplat.gate.recalibrate": ("recalibrate",),
     "sbiplat.gate.verify": ("verify",),
     "sbiplat.gate.local": ("local_c2st",),
@@ -76,7 +78,7 @@ __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
     "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "attack",
     "command_simulator", "from_sbi", "gate", "learning_curve", "load", "local_c2st", "nearest", "pairs", "predictive_check",
-    "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune", "verify",
+    "predictive_coverage", "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune", "verify",
 ]
 
 
