@@ -218,10 +218,10 @@ class HeldOut:
 
     def _context_moves(self, count: int) -> bool | None:
         """Whether the embedding's context differs between observations; None where the posterior has none."""
-        contexts = getattr(self.examined.posterior.sampler, "contexts", None)
-        if contexts is None or count < 2:
+        sampler = self.examined.posterior.sampler
+        if count < 2 or not hasattr(getattr(sampler, "estimator", None), "context"):
             return None
-        values = contexts({k: v[:min(count, 1000)] for k, v in self.examined.pairs["x"].items()})
+        values = sampler.contexts({k: v[:min(count, 1000)] for k, v in self.examined.pairs["x"].items()})
         values = values.detach().double().cpu().numpy()
         return bool((values.std(0) > 1e-5 * np.maximum(np.abs(values).mean(0), 1e-9)).any())
 

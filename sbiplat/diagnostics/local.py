@@ -104,7 +104,10 @@ def by_x(u: Array, names: tuple[str, ...], features: Array, axes: tuple[str, ...
     spread = ((cells.T @ (np.abs(2 * u - 1) - 0.5)) / counts).reshape(shape)
     kind = "bias" if worst_value < u.shape[1] else "spread"
     size = float((bias if kind == "bias" else spread)[axis, tenth, k])
-    said = ("high" if size < 0 else "low") if kind == "bias" else ("narrow" if size > 0 else "wide")
+    if kind == "bias" and names[k] == "HPD":  # a truth ranks high where its density is low
+        said = "narrow" if size > 0 else "wide"
+    else:
+        said = ("high" if size < 0 else "low") if kind == "bias" else ("narrow" if size > 0 else "wide")
     return LocalByX(sequential_p_value(float(score.max()), null, resolution), abs(size), names[k], axes[axis], int(tenth), f"too {said}",
                     bias, spread, axes, edges)
 

@@ -106,14 +106,14 @@ class Whitening:
 
     def whiten(self, x: Data) -> Tensor:
         """t(x) / s of the features, (B, F), float64: only differences mean something."""
-        return torch.cat([transform(x[name].flatten(1).double()[:, places], self.spec.transform[name]) / self.scale[name].to(x[name].device)
+        return torch.cat([transform(x[name].reshape(len(x[name]), -1).double()[:, places], self.spec.transform[name]) / self.scale[name].to(x[name].device)
                           for name, places in self.places.items()], dim=1)
 
     def move(self, x: Data, delta: Tensor) -> Data:
         """x moved by delta (B, F), differentiable in delta, in x's own dtype; what delta does not change stays as it is."""
         out, first = dict(x), 0
         for name, places in self.places.items():
-            how, flat = self.spec.transform[name], x[name].flatten(1)
+            how, flat = self.spec.transform[name], x[name].reshape(len(x[name]), -1)
             part = delta[:, first:first + len(places)].double()
             first += len(places)
             here = flat[:, places].double()

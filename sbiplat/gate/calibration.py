@@ -226,8 +226,8 @@ def smallest_seen(pairs: int, level: float) -> float:
     return float(special.kolmogi(level) / math.sqrt(pairs))
 
 
-def _rule(p_value: float, level: float, limit: float) -> str:
-    return f"Holm p = {p_value:.2g}; refused below {level:g} if over {limit:g}"
+def _rule(p_value: float, level: float, size: float, limit: float) -> str:
+    return f"Holm p = {p_value:.2g}; refused below {level:g} if over {limit:g}{MAY_BE_CHANCE if p_value >= level and size > limit else ''}"
 
 
 def _usable(figures: HeldOutFigures) -> Criterion:
@@ -239,7 +239,7 @@ def _usable(figures: HeldOutFigures) -> Criterion:
 def _uniform(v: _Verdict, level: float) -> Criterion:
     passed = not v.fails(level)
     statement = (f"ranks uniform: max |ECP - alpha| {v.size:.3f} (95 % band {v.band[0]:.3f}-{v.band[1]:.3f}), "
-                 f"{_rule(v.p_value, level, v.limit)}{MAY_BE_CHANCE if passed and v.size > v.limit else ''}")
+                 f"{_rule(v.p_value, level, v.size, v.limit)}")
     return Criterion(f"coverage {v.of.name}", passed, v.size, v.limit, statement, "" if passed else _uniform_mend(v.of))
 
 
@@ -258,7 +258,7 @@ def _worst(name: str, verdicts: list[_Verdict], level: float, mend: str) -> Crit
     failing = [v for v in verdicts if v.fails(level)]
     worst = max(failing or verdicts, key=lambda v: v.size / max(v.limit, 1e-9))
     statement = (f"worst in {worst.of.name.removeprefix('SBC ')}: {worst.size:.3f} (95 % band {worst.band[0]:.3f} to {worst.band[1]:.3f}), "
-                 f"{_rule(worst.p_value, level, worst.limit)}{MAY_BE_CHANCE if not failing and worst.size > worst.limit else ''}")
+                 f"{_rule(worst.p_value, level, worst.size, worst.limit)}")
     return Criterion(name, not failing, worst.size, worst.limit, statement, mend if failing else "")
 
 
@@ -266,7 +266,7 @@ def _local(figures: HeldOutFigures, p_value: float, criteria: CalibrationCriteri
     found = figures.by_x
     passed = p_value >= level or found.departure <= criteria.local
     where = f"{found.name.removeprefix('SBC ')} {found.kind} in the {_ordinal(found.tenth)} tenth of {found.axis}"
-    statement = f"most of all {where}: {found.departure:.3f}, {_rule(p_value, level, criteria.local)}"
+    statement = f"most of all {where}: {found.departure:.3f}, {_rule(p_value, level, found.departure, criteria.local)}"
     mend = f"{where}: more simulations there, or a larger net" if not passed else ""
     return Criterion("local coverage", passed, found.departure, criteria.local, statement, mend)
 
@@ -278,7 +278,7 @@ def _regions(figures: HeldOutFigures, p_value: float, criteria: CalibrationCrite
     place = _parameters(figures).index(found.name), found.tenth
     stated, seen = found.stated[place], found.found[place]
     statement = (f"most of all {where}: the posteriors give it {stated:.3f}, {seen:.3f} of the truths lie there, "
-                 f"{_rule(p_value, level, criteria.regions)}")
+                 f"{_rule(p_value, level, found.departure, criteria.regions)}")
     mend = f"the posterior gives {where} too {'little' if seen > stated else 'much'}: more simulations, or train longer"
     return Criterion("coverage by theta", passed, found.departure, criteria.regions, statement, "" if passed else mend)
 
@@ -292,7 +292,7 @@ def _joint(figures: HeldOutFigures, p_value: float, limit: float, level: float) 
     found = figures.joint
     passed = p_value >= level or found.area <= limit
     statement = (f"a classifier tells truths from draws, given x, with an area under the curve of {found.area:.3f} +- {found.error:.3f} "
-                 f"(0.5: not at all), {_rule(p_value, level, limit)}")
+                 f"(0.5: not at all), {_rule(p_value, level, found.area, limit)}")
     mend = "the joint shape is wrong, as of correlations or modes: a larger net, another flow, or more simulations"
     return Criterion("C2ST", passed, found.area, limit, statement, "" if passed else mend)
 

@@ -230,12 +230,12 @@ def test_thresholds_of_ones_own_stay_with_the_draws(run_copy):
     assert "own_thresholds" not in {k for k, v in sp.load(run_copy).provenance.items() if v}
     assert sp.gate(run_copy, progress=silent, under_coverage=0.5, n=300).passed
     posterior = sp.load(run_copy)
-    assert posterior.provenance["own_thresholds"] == "under_coverage = 0.5 (usually 0.06)"
+    assert posterior.provenance["own_thresholds"] == "under_coverage = 0.5 (usually 0.05)"
     assert posterior.to_arviz(np.zeros(2), 5).posterior.attrs["own_thresholds"]
 
 
 def test_few_pairs_say_what_they_cannot_see(run_copy):
     few, many = (sp.gate(run_copy, progress=silent, n=n).criteria[0] for n in (250, 600))
-    assert "from chance from 0.11 on" in few.statement
+    assert "from chance from 0.12 on" in few.statement
     assert "from chance from 0.07 on" in many.statement
     assert not sp.gate(run_copy, progress=silent, n=150).passed

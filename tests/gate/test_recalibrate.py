@@ -74,7 +74,7 @@ def test_a_recalibrated_run_is_a_run_that_has_to_pass_the_gate(line_run, tmp_pat
     run = sp.recalibrate(line_run, out=tmp_path / "r", progress=silent)
     assert run.weights_digest == line_run.weights_digest
     shutil.copy(line_run.path / "certificate.json", run.path)
-    with pytest.raises(Uncertified, match="other config"):
+    with pytest.raises(Uncertified, match="other settings"):
         sp.load(run)
     (run.path / "certificate.json").unlink()
     assert sp.gate(run, n=300, progress=silent).passed

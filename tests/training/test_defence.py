@@ -322,11 +322,11 @@ def test_a_run_records_its_defence_and_no_other_resumes_it(line_bank, tmp_path):
     ("npe", "fisher:-0.1", r"expected fisher:WEIGHT, a number above 0"),
     ("npe", "noise:inf", r"expected noise:SCALE"),
     ("npe", "fischer:0.1", r"no defence is called 'fischer'; did you mean fisher\?"),
-    ("npe", "magic:0.1", r"no defence is called 'magic'; known: noise, adversarial, fisher"),
+    ("npe", "magic:0.1", r"no defence is called 'magic'; known: noise, slab, adversarial, fisher"),
     ("npe", ["fisher:0.1", "fisher:0.2"], r"defend has fisher twice, 0.1 and 0.2"),
     ("npe", [0.1], r"defend = \[0.1\]: expected a text, or a list of texts"),
-    ("nle", "fisher:0.1", r"'fisher:0.1': nle learns the density of x and not of theta, and can be defended by noise alone"),
-    ("nle", "adversarial:0.1", r"can be defended by noise alone; take that, or npe, npse, fmpe or nre"),
+    ("nle", "fisher:0.1", r"'fisher:0.1': nle learns the density of x and not of theta, and can be defended by noise, slab alone"),
+    ("nle", "adversarial:0.1", r"can be defended by noise, slab alone; take that, or npe, npse, fmpe or nre"),
 ])
 def test_a_defence_that_cannot_be_is_one_line_before_anything_is_written(line_bank, tmp_path, estimator, words, told):
     with pytest.raises(SettingError, match=told) as error:
