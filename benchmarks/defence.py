@@ -25,8 +25,8 @@ from sbiplat.training.defence import EVERY, Defence, fisher_trace
 from sbiplat.training.gradient import Gradient
 
 ROWS, PAIRS, DRAWS = 10_000, 2000, 50
-WEIGHTS = ("none", "fisher:0.001", "fisher:0.01")
-TASKS = {"sir": ("none", "fisher:0.001", "fisher:0.003", "fisher:0.01", "noise:0.1", "adversarial:0.1"), "two_moons": WEIGHTS,
+WEIGHTS = ("none", "slab:0.05", "fisher:0.001", "fisher:0.01")
+TASKS = {"sir": ("none", "slab:0.05", "fisher:0.001", "fisher:0.003", "fisher:0.01", "noise:0.1", "adversarial:0.1"), "two_moons": WEIGHTS,
          "gaussian_linear": WEIGHTS}
 BATCH, TURNS = 256, 30
 NETS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -24,7 +24,7 @@ from sbiplat.settings import setting
 
 SIZES = (0.1, 0.3, 1.0)  # in units of `attack_eps`
 ERRORS = 2.0  # standard errors by which a limit must be passed
-DEFEND = "train it again with a defence, such as defend = fisher:0.01, or on more simulations with a smaller net"
+DEFEND = "train it again with a defence, such as defend = slab:0.05, or on more simulations with a smaller net"
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class TrainSettings:
     held_out_most: int | None = setting(
         None, "at most so many rows for each of the two; by default 5000, fewer where they would take over an eighth of memory_mb", low=10)
     memory_mb: float = setting(2048, "MB that training rows may take in memory; more are streamed", low=1)
-    defend: tuple[str, ...] = setting((), "defences against changes of x: fisher:WEIGHT, noise:SCALE, adversarial:EPS")
+    defend: tuple[str, ...] = setting((), "defences against changes of x: slab:SHARE, fisher:WEIGHT, noise:SCALE, adversarial:EPS")
     smooth: float = setting(
         0.0, "exponential smoothing of the validation losses that patience looks at; 0: none", low=0.0, high=0.999)
     accumulate: int = setting(1, "pieces of a batch whose gradients add up to one step's: less memory, the same step", low=1, high=65536)

@@ -1,4 +1,4 @@
-r"""Defended training: a posterior that small changes of the data do not mislead. `defend = ["fisher:0.01", "noise:0.1"]`.
+r"""Defended training: a posterior that small changes of the data do not mislead. `defend = ["slab:0.05", "fisher:0.001"]`.
 
 How far the posterior moves when x does is its Fisher information in x,
 
