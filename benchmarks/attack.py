@@ -114,7 +114,8 @@ def show(cells: Cells) -> None:
         cost = cell["training_seconds"] / cell["steps"] / (plain["training_seconds"] / plain["steps"]) if plain and "steps" in cell else ""
         verdict = "" if "certified" not in cell else "certified" if cell["certified"] else f"refused: {', '.join(cell['refused_by'])}"
         rows.append([key, cell["log_density"], *(f["worst_kl"][1] for f in cell["eps"]), cost, verdict])
-    print(table(rows, ["posterior", "held-out log-density", *(f"worst KL, eps {e:g}" for e in SIZES), "seconds a step, of undefended", "gate"]))
+    worst = [f"worst KL, eps {eps:g}" for eps in SIZES]
+    print(table(rows, ["posterior", "held-out log-density", *worst, "seconds a step, of undefended", "gate"]))
     for key, cell in cells.content["cells"].items():
         print(f"\n{key}: held-out log-density {cell['log_density']:.3f} +- {cell['error']:.3f} nats\n")
         rows = [[f["eps"], f["worst_kl"][1], f["noise_kl"][1], f["ratio"], f["excess"], min(f["coverage"][0]["attacked"], default=math.nan),

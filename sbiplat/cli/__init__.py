@@ -180,8 +180,8 @@ def train(
     assignments: Set = None,
     seed: MaybeSeed = None,
     simulator: Signals = None,
-    defend: Annotated[list[str] | None, typer.Option(help="Train against changes of x: slab:SHARE, fisher:WEIGHT, noise:SCALE or adversarial:EPS; may "
-                                                     "be given again.")] = None,
+    defend: Annotated[list[str] | None, typer.Option(help="Train against changes of x: slab:SHARE, fisher:WEIGHT, noise:SCALE or "
+                                                     "adversarial:EPS; may be given again.")] = None,
     tune: Annotated[int | None, typer.Option(help="Search settings by so many trials, and keep the best one's run; what --config and --set "
                                              "give is not searched. A table [search] in the config replaces the search space.")] = None,
     as_json: Json = False,

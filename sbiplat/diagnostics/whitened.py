@@ -106,8 +106,11 @@ class Whitening:
 
     def whiten(self, x: Data) -> Tensor:
         """t(x) / s of the features, (B, F), float64: only differences mean something."""
-        return torch.cat([transform(x[name].reshape(len(x[name]), -1).double()[:, places], self.spec.transform[name]) / self.scale[name].to(x[name].device)
-                          for name, places in self.places.items()], dim=1)
+        parts = []
+        for name, places in self.places.items():
+            numbers = x[name].reshape(len(x[name]), -1).double()[:, places]
+            parts.append(transform(numbers, self.spec.transform[name]) / self.scale[name].to(numbers.device))
+        return torch.cat(parts, dim=1)
 
     def move(self, x: Data, delta: Tensor) -> Data:
         """x moved by delta (B, F), differentiable in delta, in x's own dtype; what delta does not change stays as it is."""

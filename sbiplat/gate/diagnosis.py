@@ -127,7 +127,8 @@ def _fragile(run: Run, by_name: Mapping[str, Criterion], commands: _Commands, ar
         return []
     along = fragile_feature(run, arrays)
     return [(_names(seen), Finding(f"fragile{f' along {along}' if along else ''}", _told(seen),
-                                   "a defended training: disturbed data are shown to the net, and get wide posteriors", commands.again("--defend", "slab:0.05")))]
+                                   "a defended training: disturbed data are shown to the net, and get wide posteriors",
+                                   commands.again("--defend", "slab:0.05")))]
 
 
 def fragile_feature(run: Run, arrays: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 r"""`sp.predictive_coverage`: are the posterior's predictions of new data the frequencies that they claim to be?
 
 For held-out pairs (theta*, x), new data :math:`x'' \sim p(\cdot | \theta^*)` and predictions :math:`x_l \sim p(\cdot | \theta_l)`,
-:math:`\theta_l \sim q(\theta | x)`, the randomised rank of a summary t(x'') among the t(x_l) is its probability integral transform (PIT), and is
-uniform if q is the posterior. It is t(x'') that is ranked, and not t(x): x has made the posterior, and lies too often in its middle.
+:math:`\theta_l \sim q(\theta | x)`, the randomised rank of a summary t(x'') among the t(x_l) is its probability integral transform
+(PIT), and is uniform if q is the posterior. It is t(x'') that is ranked, and not t(x): x has made the posterior, and lies too often
+in its middle.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray

@@ -33,7 +33,7 @@ def test_another_noise_is_seen(line_run):
 def test_the_data_themselves_would_not_be_uniform(line_run, line_simulator):
     """Why new data are ranked: x itself, which made the posterior, lies too often in the middle of its own predictions."""
     posterior = sp.load(line_run)
-    theta, x = sp.pairs(line_run.bank(), "held_out", seed=line_run.seed)
+    _, x = sp.pairs(line_run.bank(), "held_out", seed=line_run.seed)
     rng = np.random.default_rng(0)
     draws = posterior.sample(x[:300], 100, seed=0).reshape(-1, 2)
     made = np.stack([row["x"] for row in line_simulator.rows(draws, [rng])]).reshape(300, 100, 2)
