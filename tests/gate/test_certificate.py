@@ -237,5 +237,5 @@ def test_thresholds_of_ones_own_stay_with_the_draws(run_copy):
 def test_few_pairs_say_what_they_cannot_see(run_copy):
     few, many = (sp.gate(run_copy, progress=silent, n=n).criteria[0] for n in (250, 600))
     assert "from chance from 0.12 on" in few.statement
-    assert "from chance from 0.07 on" in many.statement
+    assert "from chance from 0.08 on" in many.statement
     assert not sp.gate(run_copy, progress=silent, n=150).passed
