@@ -6,8 +6,8 @@ For each observation and eps, with delta the best of all attacks and xi noise of
 
 To second order both are quadratic forms of one matrix A(x), the Fisher information of q in x: with F features
 :math:`K = \tfrac12 F \epsilon^2 \lambda_{\max}(A)` and :math:`\kappa = \tfrac12 \epsilon^2 \mathrm{tr} A`. So :math:`K \le F \kappa`,
-whatever the posterior, as long as it answers to x in proportion; for a linear-Gaussian one, N(Gx, S), at every eps, with A = G' S^-1 G. What a net
-does beyond that, where its data never were, is the excess
+whatever the posterior, as long as it answers to x in proportion; for a linear-Gaussian one, N(Gx, S), at every eps, with A = G' S^-1 G.
+What a net does beyond that, where its data never were, is the excess
 
 .. math:: E(x) = \frac{K(x) + \tau}{F \kappa(x) + \tau}, \qquad \tau = 0.1 \text{ nat},
 
@@ -208,6 +208,13 @@ class Attacked:
             return np.concatenate([self.covered({k: v[b:b + 1] for k, v in x.items()}, truth[b:b + 1]) for b in range(len(truth))])
         apart = np.abs(2 * (z < truth[:, None]).mean(1) - 1)
         return np.stack([(apart <= level).astype(float) for level in NOMINAL], axis=1)
+
+
+def beside(whitening: Whitening, x: Fields, delta: Array, eps: float) -> Fields:
+    """To look at: x (1, ...), x moved by delta (F,), and x with every feature that may be moved raised by eps; (3, ...) by name."""
+    data = tensors(x)
+    steps = torch.stack([torch.zeros(len(delta)), torch.as_tensor(delta), eps * whitening.free(data)[0]]).double()
+    return arrays(whitening.move({k: v.expand(len(steps), *v.shape[1:]) for k, v in data.items()}, steps))
 
 
 def arrays(x: Data) -> Fields:
