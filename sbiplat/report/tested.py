@@ -93,20 +93,21 @@ def _by_x(arrays: Arrays, pairs: int) -> dict[str, Any]:
     bias, spread = (array(arrays, f"local_{key}", len(axes), None, len(sets)) for key in ("bias", "spread"))
     tenths = bias.shape[1]
     edges = array(arrays, "local_edges", len(axes), tenths + 1)
-    if spread.shape != bias.shape or not np.isfinite([bias, spread]).all() or not tenths:
+    if spread.shape != bias.shape or not np.isfinite([bias, spread]).all() or not tenths or set(sets) == {"HPD"}:
         raise ValueError(DAMAGED)
-    both = np.maximum(np.abs(bias), np.abs(spread))
+    parameters = np.array([k for k, name in enumerate(sets) if name != "HPD"])  # its ranks have no low and high
+    both = np.maximum(np.abs(bias), np.abs(spread))[..., parameters]
     along = np.argsort(-both.max((1, 2)), kind="stable")[:MOST_AXES]
-    rows = np.sort(np.argsort(-both.max((0, 1)), kind="stable")[:MOST_ROWS])
-    far = _threshold(2 * bias.size) * np.sqrt(tenths / (12 * max(pairs, 1)))
+    rows = np.sort(parameters[np.argsort(-both.max((0, 1)), kind="stable")[:MOST_ROWS]])
+    chance = _threshold(2 * both.size) * np.sqrt(tenths / (12 * max(pairs, 1)))
     panels = []
     for a in along:
         even = bool((np.diff(edges[a]) > 0).all())  # of a feature with few values the tenths are not of one size
         for what, values in (("bias", bias), ("width", spread)):
             part = values[a][:, rows].T
-            panels.append(Map(f"{what} along {axes[a]}", part, even & (np.abs(part) > far), edges[a]))
+            panels.append(Map(f"{what} along {axes[a]}", part, np.full(part.shape, chance if even else np.inf), edges[a]))
     drawn = figures.maps(panels, [_short(sets[k]) for k in rows], "departure", 2, "value of the function of x that is named above each map")
-    return {"figure": figures.image(drawn), "axes": len(axes), "shown": len(along), "left_out": len(sets) - len(rows),
+    return {"figure": figures.image(drawn), "axes": len(axes), "shown": len(along), "left_out": len(parameters) - len(rows),
             "marked": int(sum(panel.far.sum() for panel in panels)), "most": float(both.max())}
 
 
@@ -119,7 +120,7 @@ def _by_theta(arrays: Arrays, names: list[str], pairs: int) -> dict[str, Any]:
     gap = found - stated
     rows = np.sort(np.argsort(-np.abs(gap).max(1), kind="stable")[:MOST_ROWS])
     error = np.sqrt(np.clip(stated * (1 - stated), 1e-9, None) / max(pairs, 1))
-    panel = Map("share of truths found, less the share stated", gap[rows], np.abs(gap[rows]) > _threshold(gap.size) * error[rows])
+    panel = Map("share of truths found, less the share stated", gap[rows], _threshold(gap.size) * error[rows])
     drawn = figures.maps([panel], [names[k] for k in rows], "found − stated", 1, "tenth of the prior")
     return {"figure": figures.image(drawn), "left_out": len(names) - len(rows), "marked": int(panel.far.sum()),
             "most": float(np.abs(gap).max())}

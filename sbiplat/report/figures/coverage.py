@@ -62,23 +62,29 @@ def rank_histograms(names: Sequence[str], ranks: Array) -> Figure:
 
 @dataclass(frozen=True)
 class Map:
-    """values: (rows, tenths), drawn around 0; far: which of them stray further than chance, (rows, tenths). edges: (tenths + 1,), written
-    under the first, middle and last edge."""
+    """values: (rows, tenths), drawn around 0. limit: (rows, tenths), beyond which they stray further than chance; infinite where that is
+    not known. edges: (tenths + 1,), written under the first, middle and last edge."""
 
     title: str
     values: Array
-    far: NDArray[np.bool_]
+    limit: Array
     edges: Array | None = None
+
+    @property
+    def far(self) -> NDArray[np.bool_]:
+        """Which cells stray further than chance."""
+        return np.abs(self.values) > self.limit
 
 
 @style()
 def maps(panels: Sequence[Map], rows: Sequence[str], label: str, columns: int, xlabel: str) -> Figure:
-    """Heat maps under one scale, which is centred at 0 and no finer than what chance makes."""
+    """Heat maps under one scale, centred at 0 and so wide that what chance makes is pale."""
     lines = -(-len(panels) // columns)
     height = 0.24 * len(rows) + 0.75
     figure = Figure(figsize=(WIDTH if columns > 1 else 0.62 * WIDTH, height * lines + 0.45), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, sharey=True)
     most = max(float(np.abs(panel.values).max()) for panel in panels)
+    most = max([most, *(2 * float(panel.limit.max()) for panel in panels if np.isfinite(panel.limit).all())])
     for k, ax in enumerate(grid.ravel()):
         if k >= len(panels):
             ax.set_axis_off()
@@ -86,7 +92,8 @@ def maps(panels: Sequence[Map], rows: Sequence[str], label: str, columns: int, x
         shown = _heat(ax, panels[k], max(most, 1e-9))
         ax.set_yticks(range(len(rows)), [plain(name) for name in rows])
     figure.supxlabel(xlabel, fontsize=9)
-    figure.colorbar(shown, ax=list(grid.ravel()), label=label, shrink=0.9 if lines < 3 else 0.6, aspect=12 if lines == 1 else 25)
+    figure.colorbar(shown, ax=list(grid.ravel()), label=label, shrink=min(0.95, 2.4 / figure.get_figheight()), anchor=(0.0, 1.0),
+                    aspect=18 if lines > 1 else 10)
     return figure
 
 
@@ -100,7 +107,7 @@ def _heat(ax: Axes, panel: Map, most: float) -> AxesImage:
         ax.set_xticks(range(count), [str(k + 1) for k in range(count)])
     else:
         places = [0, count // 2, count]
-        ax.set_xticks([p - 0.5 for p in places], [f"{panel.edges[p]:.3g}".replace("-", "−") for p in places])
+        ax.set_xticks([p - 0.5 for p in places], [f"{panel.edges[p]:.2g}".replace("-", "−") for p in places])
     ax.tick_params(length=2)
     ax.spines[:].set_visible(False)
     return shown

@@ -62,10 +62,11 @@ def learning_curve(rows: Sequence[int], log_density: Sequence[float], gains: Seq
     ax.errorbar(rows[1:], log_density[1:], [2 * error for _, error in gains], fmt="none", color=DARK, capsize=3, lw=1,
                 label="gain of the doubling, ± 2 standard errors")
     ax.plot([rows[-1], 2 * rows[-1]], [log_density[-1], log_density[-1] + next_gain], "o--", color=WARM, mfc="white",
-            label="the next doubling, if it goes on so")
+            markevery=[1], label="the next doubling, if it goes on so")
     ticks = [*rows, 2 * rows[-1]]
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
     ax.minorticks_off()
+    ax.set_xlim(rows[0] / 1.4, 2 * rows[-1] * 1.4)
     ax.set(xlabel="simulations in the bank", ylabel="held-out log-density [nats]")
     ax.legend(loc="lower right", fontsize=7.5)
     low, high = ax.get_ylim()
