@@ -55,9 +55,8 @@ def attack(
     """Perturb x, one observation or a batch of B, by at most eps, so that its posterior moves most.
 
     run: a finished run, or a posterior with rows of x. eps: in whitened x, see docs/gate.md. towards: a theta (D,), or towards_x: an
-    observation whose posterior is to be imitated. universal: one perturbation for all of x. gradients: false for the gradient-free
-    search. low, high, features, project: limits, as in `Limits`. rows: of x (N, ...), for the features' scales; by default those of the
-    run's bank.
+    observation whose posterior is to be imitated. universal: one perturbation for all of x. gradients: false for the gradient-free search.
+    low, high, features, project: limits, as in `Limits`. rows: of x (N, ...), for the features' scales; by default of the run's bank.
     settings: fields of `AttackSettings`. Raises SettingError, ObservationError, PriorError.
     """
     posterior = run if isinstance(run, Posterior) else from_run(_run(run), device)
@@ -65,7 +64,7 @@ def attack(
     target = target_of(posterior)
     if gradients and not target.gradients:
         raise SettingError("no gradient reaches x here; take gradients=False, which searches without")
-    known = _rows_of(run) if rows is None else posterior.x.batch(rows)[0]
+    known = rows_of(run) if rows is None else posterior.x.batch(rows)[0]
     whitening = Whitening.fit(posterior.x, known, target.masks, features)
     fields, batched = posterior.x.batch(x)
     attacked = Attacked.of(posterior, target, whitening, fields, made, seed)
@@ -100,7 +99,7 @@ def _run(run: Run | str | Path) -> Run:
     return (run if isinstance(run, Run) else Run.open(run)).require_finished()
 
 
-def _rows_of(run: Run | Posterior | str | Path) -> Fields:
+def rows_of(run: Run | Posterior | str | Path) -> Fields:
     """Rows of x of the run's bank; raises SettingError where it holds none."""
     if isinstance(run, Posterior):
         raise SettingError("a posterior has no bank at hand: give rows=, some hundred x that were simulated, for the scale of each feature")

@@ -224,6 +224,13 @@ class Attacked:
         return np.stack([(apart <= level).astype(float) for level in NOMINAL], axis=1)
 
 
+def beside(whitening: Whitening, x: Fields, delta: Array, eps: float) -> Fields:
+    """To look at: x (1, ...), x moved by delta (F,), and x with every feature that may be moved raised by eps; (3, ...) by name."""
+    data = tensors(x)
+    steps = torch.stack([torch.zeros(len(delta)), torch.as_tensor(delta), eps * whitening.free(data)[0]]).double()
+    return arrays(whitening.move({k: v.expand(len(steps), *v.shape[1:]) for k, v in data.items()}, steps))
+
+
 def arrays(x: Data) -> Fields:
     """x as numpy has it."""
     return {k: v.detach().cpu().numpy() for k, v in x.items()}

@@ -17,13 +17,17 @@ from scipy import stats
 
 from sbiplat.diagnostics.adversarial import AttackSettings
 from sbiplat.diagnostics.examined import Examined
-from sbiplat.diagnostics.fragility import HARMLESS, NOMINAL, Fragility, fragility
-from sbiplat.errors import SettingError
+from sbiplat.diagnostics.fragility import HARMLESS, NOMINAL, Fragility, beside, fragility
+from sbiplat.diagnostics.targets import target_of
+from sbiplat.diagnostics.whitened import Whitening
+from sbiplat.errors import SettingError, UserError
 from sbiplat.gate.criterion import Criterion, Part
+from sbiplat.observation import flat
 from sbiplat.settings import setting
 
 SIZES = (0.1, 0.3, 1.0)  # in units of `attack_eps`
 ERRORS = 2.0  # standard errors by which a limit must be passed
+PAIR_DRAWS = 1000
 DEFEND = "train it again with a defence, such as defend = slab:0.05, or on more simulations with a smaller net"
 
 
@@ -53,7 +57,7 @@ def examine(examined: Examined, criteria: RobustnessCriteria) -> Part:
     return Part(tuple(decide(found, gradients, examined.posterior.prior.names, criteria)),
                 {"robustness": {"norm": "l2", "unit": "robust sd of each feature over the bank, root mean square over features",
                                 "observations": len(found[0].worst), "gradients": gradients, "eps": [told(f) for f in found]}},
-                _arrays(found), () if gradients else ("attacks by gradient",))
+                {**_arrays(found), **_pair(examined, found)}, () if gradients else ("attacks by gradient",))
 
 
 def decide(found: Sequence[Fragility], gradients: bool, names: Sequence[str], criteria: RobustnessCriteria) -> list[Criterion]:
@@ -87,17 +91,36 @@ def _arrays(found: Sequence[Fragility]) -> dict[str, NDArray[Any]]:
             **{f"attack_{name}": np.stack([getattr(f, name) for f in found]) for name in ("worst", "noise", "search", "delta")}}
 
 
-def _excess(found: Sequence[Fragility], criteria: RobustnessCriteria) -> Criterion:
-    """At the eps where it is largest; less two standard errors over observations."""
-    def low(f: Fragility) -> float:
-        return f.log_excess.mean() - ERRORS * f.log_excess.std() / math.sqrt(len(f.log_excess))
+def _pair(examined: Examined, found: Sequence[Fragility]) -> dict[str, NDArray[Any]]:
+    """For the report, the held-out pair that moved most at the eps that decides: its x, x + delta and x raised by eps in every feature,
+    (3, features of x), the truth, and draws of the posteriors at the first two, (2, n, D). Nothing where the sampler refuses x + delta."""
+    k = max(range(len(found)), key=lambda k: _at_least(found[k]))
+    pair, posterior = int(np.nan_to_num(found[k].worst, nan=-math.inf).argmax()), examined.posterior
+    whitening = Whitening.fit(posterior.x, examined.training["x"], target_of(posterior).masks)
+    shown = beside(whitening, {name: v[pair:pair + 1] for name, v in examined.pairs["x"].items()}, found[k].delta[pair], found[k].eps)
+    seed = int(examined.stream(0xA77B).generate_state(1)[0] >> 1)
+    try:
+        z = posterior.unconstrained_sample({name: v[:2] for name, v in shown.items()}, PAIR_DRAWS, seed)
+    except UserError:
+        return {}
+    return {"attack_pair": np.array([k, pair]), "attack_pair_x": flat(posterior.x, shown).astype(np.float32),
+            "attack_pair_truth": posterior.prior.constrain(examined.truth[pair]).astype(np.float32),
+            "attack_pair_draws": posterior.prior.constrain(z).astype(np.float32)}
 
-    f = max(found, key=low)
-    passed = low(f) <= math.log(criteria.excess)
+
+def _at_least(f: Fragility) -> float:
+    """log E, less two standard errors over observations."""
+    return f.log_excess.mean() - ERRORS * f.log_excess.std() / math.sqrt(len(f.log_excess))
+
+
+def _excess(found: Sequence[Fragility], criteria: RobustnessCriteria) -> Criterion:
+    """At the eps where it is largest."""
+    f = max(found, key=_at_least)
+    passed = _at_least(f) <= math.log(criteria.excess)
     value = math.exp(f.log_excess.mean())
     statement = (f"at eps {f.eps:g} the worst change of x moves the posterior by {np.median(f.worst):.3g} nats, noise of that size by "
                  f"{np.median(f.noise):.3g} (medians); {f.features.mean():.0f} features in proportion account for 1, found is {value:.3g} "
-                 f"(at least {math.exp(low(f)):.3g}), limit {criteria.excess:g}")
+                 f"(at least {math.exp(_at_least(f)):.3g}), limit {criteria.excess:g}")
     return Criterion("fragility", passed, value, criteria.excess, statement, "" if passed else f"fragile far from its data: {DEFEND}")
 
 

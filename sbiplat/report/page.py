@@ -12,7 +12,7 @@ import hashlib
 import io
 import math
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib.resources import files as package_files
 from pathlib import Path
@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from sbiplat import files
 from sbiplat.diagnostics.misspecification import Misspecification
 from sbiplat.diagnostics.predictive import Summaries, check_summaries, simulate, summarise
-from sbiplat.errors import ObservationError, SettingError, SimulatorError, Uncertified, UserError
+from sbiplat.errors import ObservationError, RunError, SettingError, SimulatorError, Uncertified, UserError
+from sbiplat.gate import learning, signature
 from sbiplat.gate.certificate import Certificate
 from sbiplat.gate.criteria import at_level
 from sbiplat.gate.door import load
@@ -33,7 +34,7 @@ from sbiplat.nets import embeddings
 from sbiplat.observation import Fields, ObservationSpec, read_observation
 from sbiplat.prior import Prior
 from sbiplat.progress import Progress
-from sbiplat.report import figures, predictive
+from sbiplat.report import figures, predictive, tested, worst
 from sbiplat.runs import Run
 from sbiplat.simulator import Simulator, available, resolve
 
@@ -42,11 +43,14 @@ PRIOR_DRAWS = 50_000
 LEAST_DRAWS = 100
 MOST_CHECKS = 20
 UNITS_OF_LOSS = {"npe": "nats", "nle": "nats"}
+LEVELS = {"draft": "an early sight that certifies nothing", "standard": "for use", "publication": "for a paper"}
 NOT_TESTED = {
     "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior: it has no density to tell by",
     "attacks by gradient": "changes of the data that follow the net's gradient; a search without gradients was made in their place",
     "misspecification": "whether your observation is of the kind that the simulator makes: too few pairs were held out to calibrate the "
                         "test; the certificate speaks only of data that it could have made",
+    "coverage of regions of highest density": "whether the most probable regions hold the truth as often as they claim: there is no "
+                                              "density to tell by",
 }
 
 
@@ -73,10 +77,11 @@ def report(
     x = _observation(run, observation, progress)
     found = _find_simulator(run, simulator)
     verdict = _verdict(run)
+    posterior, change, why = _posterior(run, verdict, x, found, int(draws), int(seed), embedding, summaries, progress)
     page = {
         "run": str(run.path), "name": _simulator(run)["name"], "made": files.now(), "verdict": verdict,
-        "posterior": _posterior(run, verdict, x, found, int(draws), int(seed), embedding, summaries, progress),
-        "gate": _gate(run, verdict), "training": _training(run), "what": _what(run, found, verdict),
+        "posterior": posterior, "gate": _gate(run, verdict, change, why, int(seed)), "training": _training(run),
+        "what": _what(run, found, verdict),
     }
     with files.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,6 +113,30 @@ class Verdict:
     @property
     def failed(self) -> list[Any]:
         return self.certificate.failed if self.certificate else []
+
+    @property
+    def diagnosis(self) -> list[Mapping[str, str]]:
+        """Findings on a refused posterior: defect, evidence, mend, command."""
+        return self.certificate.content.get("diagnosis", []) if self.certificate and self.state == "refused" else []
+
+    @property
+    def level(self) -> str:
+        """How much was tested, in words."""
+        level = self.certificate.level if self.certificate else ""
+        return f"{level}, {LEVELS[level]}" if level in LEVELS else level
+
+    @property
+    def signature(self) -> str:
+        """Who vouches for the certificate, in words."""
+        content = self.certificate.content if self.certificate else {}
+        if not content.get("signature"):
+            return "none; the certificate's hash guards against mistakes, not against forgery"
+        try:
+            return f"of the key {signature.check(content)}, and it fits"
+        except Uncertified as problem:
+            return f"does not hold: {problem}"
+        except SettingError as problem:
+            return f"not checked here: {problem}"
 
     @property
     def not_tested(self) -> list[tuple[str, str]]:
@@ -223,8 +252,9 @@ def _find_simulator(run: Run, given: Simulator | str | None) -> Found:
 def _posterior(
     run: Run, verdict: Verdict, x: Fields | None, found: Found, draws: int, seed: int, embedding: Any,
     summaries: Summaries | None, progress: Progress,
-) -> dict[str, Any]:
-    """The section on the posterior: a sentence where there is none to show, else table, corner plot and predictive."""
+) -> tuple[dict[str, Any], worst.Change | None, str]:
+    """The section on the posterior: a sentence where there is none to show, else table, corner plot and predictive. And the worst change
+    of the observation, or why there is none."""
     why_not = {
         "refused": "No posterior is shown, since the gate refused it.",
         "void": "No posterior is shown, since its certificate does not hold.",
@@ -233,21 +263,27 @@ def _posterior(
         "certified": f"No observation was given; run `sbiplat report {run.path} --observation FILE` to see its posterior.",
     }[verdict.state]
     if verdict.state != "certified" or x is None:
-        return {"shown": False, "why": why_not, "failed": verdict.failed}
+        return {"shown": False, "why": why_not, "failed": verdict.failed if not verdict.diagnosis else []}, None, ""
     try:
         posterior = load(run, embedding=embedding)
     except UserError as problem:  # a user's own embedding that is not at hand: the rest of the page needs none
-        return {"shown": False, "why": f"The posterior cannot be loaded: {problem}", "failed": []}
+        return {"shown": False, "why": f"The posterior cannot be loaded: {problem}", "failed": []}, None, ""
     theta = posterior.sample(run.x.unwrap(x), draws, seed=seed)
     sight = posterior.misspecification(run.x.unwrap(x)) if posterior.watch else None
     before = run.prior.sample(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x9210,))), PRIOR_DRAWS)
     corner = figures.corner(theta, before, run.prior.names, run.prior.units, run.prior.support)
+    assert verdict.certificate is not None
+    change, why = None, ""
+    try:
+        change = worst.of_observation(run, verdict.certificate, posterior, x, theta, seed)
+    except (UserError, NotImplementedError) as problem:
+        why = f"Your observation was not attacked: {str(problem) or 'there is no density to tell by'}."
     return {
         "shown": True, "draws": draws, "seed": seed, "observation": hashlib.sha256(_npz(x)).hexdigest(),
         "rows": table(run.prior, theta, before), "dim": run.prior.dim, "corner_most": figures.MOST_CORNER,
         "corner": figures.image(corner, raster=True), "predictive": _predictive(run, found, theta, x, seed, summaries, progress),
         "sight": None if sight is None else _sight(sight),
-    }
+    }, change, why
 
 
 def table(prior: Prior, theta: Array, before: Array) -> list[dict[str, Any]]:
@@ -304,7 +340,7 @@ def _predictive(
     data = {name: values[None] for name, values in x.items()}
     checks = check_summaries(run.x, data, summarise(run.x, simulated.fields, summaries)[1], summaries, simulated.tried)
     worst = sorted(checks.checks, key=lambda c: c.p_value)[:MOST_CHECKS]
-    return {"figure": figures.image(figures.predictive(shown)), "rows": simulated.rows, "notes": notes,
+    return {"figure": figures.image(figures.observed(shown)), "rows": simulated.rows, "notes": notes,
             "checks": [c for c in checks.checks if c in worst], "all_checks": len(checks.checks),
             "warning": found.warning, "inside": predictive.share_inside(shown)}
 
@@ -312,54 +348,46 @@ def _predictive(
 # ---------------------------------------------------------------------------------------------------------- gate
 
 
-def _gate(run: Run, verdict: Verdict) -> dict[str, Any]:
-    """Criteria and coverage of a certificate that holds or refuses."""
+def _gate(run: Run, verdict: Verdict, change: worst.Change | None, why: str, seed: int) -> dict[str, Any]:
+    """Criteria, coverage and robustness of a certificate that holds or refuses. change: of the observation, or `why` there is none."""
     certificate = verdict.certificate
     if certificate is None:
-        return {"criteria": [], "why": f"There is no certificate that holds; run `sbiplat gate {run.path}`.", "coverage": None}
+        none = f"There is no certificate that holds; run `sbiplat gate {run.path}`."
+        return {"criteria": [], "why": none, **dict.fromkeys(("coverage", "places", "robustness", "change"))}
     content, measured = certificate.content, certificate.figures
     return {"criteria": certificate.criteria, "why": "", "sha256": certificate.sha256,
             "created": str(content.get("created", "")), "pairs": measured.get("pairs"), "draws": measured.get("draws"),
-            "coverage": _coverage(run, certificate)}
+            **_tested(run, certificate, change, why, seed)}
 
 
-def _coverage(run: Run, certificate: Certificate) -> dict[str, Any]:
+def _tested(run: Run, certificate: Certificate, change: worst.Change | None, why: str, seed: int) -> dict[str, Any]:
+    """Sections of figures: None where the gate measured no such thing, a sentence (`why`) where what it measured cannot be read."""
+    def left_out(what: str, problem: Exception) -> dict[str, Any]:
+        return {"why": f"{what} left out: {problem}; run `sbiplat gate {run.path}` again."}
+
+    def section(what: str, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
+        try:
+            return make()
+        except ValueError as problem:
+            return left_out(what, problem)
+
+    measured, arrays, unread = certificate.figures.get("robustness"), {}, None
     try:
-        arrays = _diagnostics(run, certificate)
+        arrays = tested.diagnostics(run, certificate)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as problem:
-        return {"why": f"The coverage figures are left out: {problem}; run `sbiplat gate {run.path}` again."}
-    names = [str(name) for name in arrays["names"]]
-    worst = np.argsort(-np.abs(arrays["ecp"] - arrays["levels"]).max(1), kind="stable")
-    shown = sorted({0, *worst[:figures.MOST_PANELS - 1].tolist()})
-    parameters = [k for k in shown if not names[k].startswith("TARP")]
-    plain = [names[k].removeprefix("SBC ") for k in range(len(names))]
+        unread = left_out("The figures of coverage and robustness are", problem)
 
-    def curves(key: str, which: list[int], xlabel: str, ylabel: str) -> figures.Image:
-        data = (arrays[f"{key}{end}"][which] for end in ("", "_low", "_high"))
-        return figures.image(figures.coverage_curves([plain[k] for k in which], arrays["levels"], *data, xlabel, ylabel))
+    def changed() -> dict[str, Any] | None:
+        shown = change or (worst.of_pair(run, arrays, measured) if measured else None)
+        return ({"why": why, "note": ""} if why else None) if shown is None else {**worst.section(run, shown, seed), "why": "", "note": why}
 
     return {
-        "why": "", "left_out": len(names) - len(shown), "pairs": len(arrays["ranks"]),
-        "ecp": curves("ecp", shown, "credibility level α", "expected coverage"),
-        "central": curves("central", parameters, "stated probability of the central interval", "how often the truth was in it"),
-        "ranks": figures.image(figures.rank_histograms([plain[k] for k in shown], arrays["ranks"][:, shown])),
+        "coverage": unread or section("The figures of coverage are", lambda: tested.coverage(arrays)),
+        "places": None if unread else section("The maps of local coverage are", lambda: tested.places(arrays, run.prior.names)),
+        "robustness": None if measured is None else unread or section("The figure of robustness is",
+                                                                      lambda: tested.robustness(arrays, measured)),
+        "change": section("The worst change is", changed),
     }
-
-
-def _diagnostics(run: Run, certificate: Certificate) -> dict[str, Array]:
-    """The arrays of RUN/diagnostics.npz; raises ValueError where they are not those of the certificate."""
-    path = run.path / "diagnostics.npz"
-    if not path.is_file():
-        raise ValueError(f"there is no {path.name}")
-    if files.digest_file(path) != certificate.content["digests"].get("diagnostics"):
-        raise ValueError(f"{path.name} is not the one of the certificate")
-    with np.load(path, allow_pickle=False) as archive:
-        arrays = {name: archive[name] for name in archive.files}
-    count, levels = arrays["names"].shape[0], arrays["levels"].shape[0]
-    curves = ("ecp", "ecp_low", "ecp_high", "central", "central_low", "central_high")
-    if any(arrays[key].shape != (count, levels) for key in curves) or arrays["ranks"].shape[1:] != (count,):
-        raise ValueError(f"{path.name} is damaged")
-    return arrays
 
 
 # ------------------------------------------------------------------------------------------------ training and run
@@ -371,8 +399,20 @@ def _training(run: Run) -> dict[str, Any]:
     best = dict(outcome).get("best_epoch")
     unit = UNITS_OF_LOSS.get(run.architecture.estimator, "")
     curves = figures.loss_curves(metrics, best if isinstance(best, int) else None, unit) if metrics else None
-    return {"figure": figures.image(curves) if curves else None, "outcome": _texts(outcome),
+    return {"figure": figures.image(curves) if curves else None, "curve": _learning_curve(run), "outcome": _texts(outcome),
             "rows": _texts([(k, v) for k, v in _items(run.record["split"]) if k != "digest"])}
+
+
+def _learning_curve(run: Run) -> dict[str, Any] | None:
+    """The learning curve where one was measured of these weights."""
+    try:
+        curve = learning.read(run)
+    except RunError as problem:
+        return {"figure": None, "why": f"The learning curve is left out: {problem}."}
+    if curve is None:
+        return None
+    drawn = figures.learning_curve(curve.rows, curve.log_density, curve.gains, curve.next_gain)
+    return {"figure": figures.image(drawn), "why": "", "statement": curve.statement, "held_out": curve.held_out}
 
 
 def _what(run: Run, found: Found, verdict: Verdict) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""The posterior predictive as a figure: the data beside simulations from draws of the posterior.
+"""Observations as panels, by the shape of x: such as the data beside simulations from draws of the posterior.
 
-A look, not a test: the data were used to find the posterior, so they should lie where its simulations lie; where they
-do not, the simulator cannot make such data, whatever the certificate says.
+The posterior predictive is a look, not a test: the data were used to find the posterior, so they should lie where its simulations lie;
+where they do not, the simulator cannot make such data, whatever the certificate says.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sbiplat.observation import Fields, ObservationSpec
-from sbiplat.report.figures import Dots, Panel, Picture, Series, plain, with_unit
+from sbiplat.report.figures import PREDICTIVE, Dots, Panel, Picture, Series, Words, plain, with_unit
 
 Array = NDArray[np.float64]
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -20,12 +20,12 @@ MOST_DOTS, MOST_POINTS, MOST_PIXELS, MOST_PANELS = 40, 1000, 512, 12
 LEAST_IMAGE = 8
 
 
-def panels(spec: ObservationSpec, data: Fields, simulated: Fields) -> tuple[list[Panel], list[str]]:
+def panels(spec: ObservationSpec, data: Fields, simulated: Fields, words: Words = PREDICTIVE) -> tuple[list[Panel], list[str]]:
     """What to draw, and sentences on what is left out. data: name -> the declared shape; simulated: name -> (R, ...)."""
     found: list[Panel] = []
     notes: list[str] = []
     for name in spec.shapes:
-        some, said = _panels_of(spec, name, np.asarray(data[name], float), np.asarray(simulated[name], float))
+        some, said = _panels_of(spec, name, np.asarray(data[name], float), np.asarray(simulated[name], float), words)
         found += some
         notes += [f"{name}: {text}" if not spec.plain else text for text in said]
     if len(found) > MOST_PANELS:
@@ -39,14 +39,14 @@ def share_inside(shown: list[Panel]) -> float | None:
     return float(np.concatenate(inside).mean()) if inside else None
 
 
-def _panels_of(spec: ObservationSpec, name: str, data: Array, simulated: Array) -> tuple[list[Panel], list[str]]:
+def _panels_of(spec: ObservationSpec, name: str, data: Array, simulated: Array, words: Words) -> tuple[list[Panel], list[str]]:
     """The panels of one array of x, by its shape."""
     shape = data.shape
     axis_name, axis = spec.axis
     over_axis = bool(axis) and bool(shape) and len(axis) == shape[0]
     labelled = spec.plain and len(spec.labels) > 0
     if data.ndim <= 1 and not over_axis and data.size <= MOST_DOTS:
-        return [_dots(spec, name, data.reshape(-1), simulated.reshape(len(simulated), -1))], []
+        return [_dots(spec, name, data.reshape(-1), simulated.reshape(len(simulated), -1), words)], []
     if data.ndim == 2 and not (over_axis or labelled):
         if min(shape) >= LEAST_IMAGE:
             return _pictures(spec, name, data, simulated)
@@ -82,7 +82,7 @@ def _columns(
     return out, notes
 
 
-def _dots(spec: ObservationSpec, name: str, data: Array, simulated: Array) -> Dots:
+def _dots(spec: ObservationSpec, name: str, data: Array, simulated: Array, words: Words) -> Dots:
     """A few numbers; where their sizes differ too much for one axis, each in units of its own predictive spread."""
     labels = spec.labels if spec.plain else ()
     if len(labels) != len(data):
@@ -93,7 +93,7 @@ def _dots(spec: ObservationSpec, name: str, data: Array, simulated: Array) -> Do
     if scale != "log" and spread.max() > 30 * np.ptp(bands, axis=0).min():
         labels = tuple(f"{label}\n= {value:.3g}" for label, value in zip(labels, values, strict=True))
         values, bands, scale = (values - bands[2]) / spread, (bands - bands[2]) / spread, "linear"
-        ylabel = "(x - predictive median) / predictive sd"
+        ylabel = words.dots
         off = float(np.abs(values).max())
         if off > 100:
             scale = "asinh"

@@ -178,7 +178,7 @@ def test_certified_run_says_so_and_what_was_not_tested(run: Path) -> None:
     page = page_of(run)
     assert "CERTIFIED" in page.text
     assert json.loads((run / "certificate.json").read_text())["sha256"] in page.text
-    assert "robustness: whether small, deliberate or unlucky changes of the data mislead the posterior" in page.text
+    assert "misspecification: whether your observation is of the kind that the simulator makes: too few pairs" in page.text
 
 
 def test_loosened_thresholds_are_said(run: Path) -> None:
@@ -484,7 +484,7 @@ def _panels(shape: Any, transform: str = "none", **declared: Any) -> tuple[list[
     rng = np.random.default_rng(3)
     x = {name: np.exp(rng.standard_normal((201, *s))) for name, s in spec.shapes.items()}
     shown, notes = predictive.panels(spec, {k: v[0] for k, v in x.items()}, {k: v[1:] for k, v in x.items()})
-    assert figures.predictive(shown).axes
+    assert figures.observed(shown).axes
     return shown, notes, np.concatenate([v[0].ravel() for v in x.values()])
 
 
