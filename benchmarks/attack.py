@@ -113,7 +113,7 @@ def show(cells: Cells) -> None:
         plain = cells.content["cells"].get(f"{key.split()[0]} npe", {})
         cost = cell["training_seconds"] / cell["steps"] / (plain["training_seconds"] / plain["steps"]) if plain and "steps" in cell else ""
         verdict = "" if "certified" not in cell else "certified" if cell["certified"] else f"refused: {', '.join(cell['refused_by'])}"
-        rows.append([key, cell["log_density"], *(f["worst_kl"][1] for f in cell["eps"]), cost, verdict])
+        rows.append([key, f"{cell['log_density']:.3f}", *(f["worst_kl"][1] for f in cell["eps"]), cost, verdict])
     worst = [f"worst KL, eps {eps:g}" for eps in SIZES]
     print(table(rows, ["posterior", "held-out log-density", *worst, "seconds a step, of undefended", "gate"]))
     for key, cell in cells.content["cells"].items():
