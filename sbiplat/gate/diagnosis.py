@@ -6,10 +6,11 @@ gathered by defect, in the order in which they are best mended: a posterior that
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -61,8 +62,18 @@ class _Commands:
 
     def again(self, *words: str, bank: str = "") -> str:
         """Train anew into another directory, with other settings."""
+        given = [word for setting in self._given(words) for word in ("--set", setting)]
+        defended = [word for defence in self.run.record["training"].get("defend", ()) for word in ("--defend", str(defence))]
         return self._line("sbiplat", "train", bank or str(self.bank["path"]), "--estimator", self.run.architecture.estimator,
-                          "--out", f"{self.run.path}-2", *words)
+                          "--out", f"{self.run.path}-2", *given, *(defended if "--defend" not in words else ()), *words)
+
+    def _given(self, words: Sequence[str]) -> list[str]:
+        """The settings of the net that are not the default ones, as --set takes them, but for those that the words set."""
+        settings = self.run.architecture.settings
+        usual = type(settings)()
+        named = {word.partition("=")[0] for word in words}
+        return [f"{f.name}={json.dumps(value)}" if not isinstance(value, str) else f"{f.name}={value}" for f in fields(settings)
+                if (value := getattr(settings, f.name)) != getattr(usual, f.name) and f.name not in named]
 
     def more(self, rows: int) -> str:
         """Extend the bank and train on it."""

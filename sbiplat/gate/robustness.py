@@ -143,7 +143,7 @@ def _coverage(found: Sequence[Fragility], names: Sequence[str], criteria: Robust
     low, value, where = worst
     if not where:
         return Criterion("coverage under attack", True, 0.0, criteria.attacked_coverage, "the sampler refuses all attacked data")
-    passed = low <= criteria.attacked_coverage
+    passed, value = low <= criteria.attacked_coverage, round(value, 6)
     statement = f"worst in {where}; short by {value:.2f} (at least {low:.2f}), limit {criteria.attacked_coverage:g}"
     return Criterion("coverage under attack", passed, value, criteria.attacked_coverage, statement, "" if passed else DEFEND)
 

@@ -49,6 +49,14 @@ def test_the_feature_that_attacks_move_most_is_named(run):
     assert diagnose(run, failed("fragility"), {"attack_delta": delta})[0].defect == "fragile along x[1]"
 
 
+def test_the_command_trains_the_same_net(run):
+    """The settings that were given stay, but for those that the mend changes."""
+    command = diagnose(run, failed("fragility"))[0].command
+    assert "--set flow=gaussian" in command
+    assert shlex.split(command)[-2:] == ["--defend", "slab:0.05"]
+    assert "embedding_hidden=[32]" in shlex.split(command)
+
+
 def test_a_width_that_is_wrong_everywhere_may_be_recalibrated_and_one_in_a_region_may_not(run):
     assert "recalibrate" in diagnose(run, failed("under-coverage"))[0].command
     assert all("recalibrate" not in f.command for f in diagnose(run, failed("under-coverage", "local coverage")))

@@ -142,7 +142,11 @@ class Bounded(Known):
 
 
 class Prior(LinearGaussian):
-    """It ignores x."""
+    """It ignores x: N(0, I)."""
+
+    def __init__(self, M, noise):
+        super().__init__(M, noise)
+        self.L = torch.eye(len(self.S), dtype=torch.float64)
 
     def mean(self, x):
         return 0 * (x @ self.G.T)
