@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path, what: str, error: type[UserError]) -> dict[str, Any]:
     """The JSON object in `path`; `what` names it in the error where it is missing or damaged."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, object_pairs_hook=_each_once)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_each_once)
     except FileNotFoundError:
         raise error(f"no {what} at {path}") from None
     except (OSError, UnicodeDecodeError, RecursionError) as problem:
@@ -126,11 +127,19 @@ def _no_constant(name: str) -> float:
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object whose names all differ: of a name given twice, programs differ in which they read."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = next(name for k, (name, _) in enumerate(pairs) if name in dict(pairs[:k]))
-        raise ValueError(f"it has {twice[:80]!r} twice")
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f"it has {name[:80]!r} twice")
+        made[name] = value
     return made
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"it holds {text[:40]}, which no number here can be")
+    return value
 
 
 def canonical(value: Any) -> bytes:

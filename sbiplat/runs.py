@@ -181,7 +181,7 @@ class Run:
             estimator.load_state_dict(tensors)
         except (SafetensorError, OSError, RuntimeError, KeyError) as error:
             raise RunError(f"{self.weights_path} is damaged or of another architecture: {str(error).splitlines()[0]}") from None
-        return estimator.to(device).eval()
+        return estimator.to(usable_device(device)).eval()
 
     def to_sbi(self, *, allow_uncertified: bool = False, embedding: Any = None, device: str = "cpu") -> Any:
         """The posterior behind sbi's `NeuralPosterior`: theta as float32 tensors in its own space, x as tensors.
@@ -202,3 +202,16 @@ class Run:
             except json.JSONDecodeError:
                 continue
         return out
+
+
+def usable_device(name: Any) -> str:
+    """The name of a device that is here, cpu, cuda or cuda:K; raises SettingError."""
+    import torch
+
+    try:
+        if torch.device(name).type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu, cuda or cuda:K")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise SettingError(f"device = {name!r} is not to be had here: {str(error).splitlines()[0]}") from None
+    return str(name)

@@ -249,7 +249,8 @@ def learning_curve(
     if embedding:
         register(embedding)
     curve = measure(run, bank=bank, simulator=simulator)
-    lines = [f"{rows:>12,} rows  {value:.4f} nats" for rows, value in zip(curve.rows, curve.log_density, strict=True)]
+    lines = ["held-out log-density of theta in R^D, on the same rows:"]
+    lines += [f"{rows:>12,} rows  {value:.4f} nats" for rows, value in zip(curve.rows, curve.log_density, strict=True)]
     show(as_json, {**asdict(curve), "statement": curve.statement}, "\n".join([*lines, f"{run}: {curve.statement}"]))
 
 

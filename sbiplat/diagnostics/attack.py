@@ -25,7 +25,7 @@ from sbiplat.posteriors.base import Posterior
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.runs import Run
 from sbiplat.settings import build, whole_seed
-from sbiplat.simulator import Simulator
+from sbiplat.simulator import Simulator, resolve
 
 Array = NDArray[np.float64]
 ROWS, ROWS_BYTES = 10_000, 2**28
@@ -50,7 +50,7 @@ class AttackResult:
 def attack(
     run: Run | Posterior | str | Path, x: Any, *, eps: float = 0.1, towards: ArrayLike | None = None, towards_x: Any = None,
     universal: bool = False, gradients: bool = True, low: Any = None, high: Any = None, features: Any = None, project: Any = None,
-    rows: Any = None, simulator: Simulator | None = None, seed: int = 0, device: str = "cpu", **settings: Any,
+    rows: Any = None, simulator: Simulator | str | None = None, seed: int = 0, device: str = "cpu", **settings: Any,
 ) -> AttackResult:
     """Perturb x, one observation or a batch of B, by at most eps, so that its posterior moves most.
 
@@ -60,7 +60,10 @@ def attack(
     settings: fields of `AttackSettings`. Raises SettingError, ObservationError, PriorError.
     """
     posterior = run if isinstance(run, Posterior) else from_run(_run(run), device)
+    simulator = None if simulator is None else resolve(simulator)
     made, seed = build(AttackSettings, settings), whole_seed(seed)
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1e9:
+        raise SettingError(f"eps must be a number above 0, in robust sds, got {eps!r}")
     target = target_of(posterior)
     if gradients and not target.gradients:
         raise SettingError("no gradient reaches x here; take gradients=False, which searches without")

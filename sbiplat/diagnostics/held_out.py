@@ -29,6 +29,7 @@ from sbiplat.diagnostics.local import MOST_NULLS, TENTHS, LocalByTheta, LocalByX
 from sbiplat.diagnostics.references import Features, References
 from sbiplat.errors import SettingError
 from sbiplat.observation import Fields
+from sbiplat.posteriors.likelihood import judging
 
 Array = NDArray[np.float64]
 CHUNK_NUMBERS = 2**22
@@ -40,7 +41,8 @@ KEPT = 100
 @dataclass(frozen=True)
 class HeldOutFigures:
     """What the gate decides on. ranks: (P, K), the first of each set in `coverages`. density_draws: draws a pair at which the density was
-    evaluated, 0 where there is none. unusable: the share of pairs with draws or a log-density that are not finite."""
+    evaluated, 0 where there is none. refused: the share of pairs whose
+    chains disagree, None without chains. unusable: the share of pairs with draws or a log-density that are not finite."""
 
     pairs: int
     draws: int
@@ -52,6 +54,7 @@ class HeldOutFigures:
     information: Information
     density_draws: int
     unusable: float
+    refused: float | None = None
 
 
 class HeldOut:
@@ -95,6 +98,11 @@ class HeldOut:
 
     def _measure(self, part: slice, k: int) -> dict[str, Array]:
         """Everything of one chunk of pairs that needs its draws."""
+        with judging(self.examined.posterior.sampler) as judged:
+            out = self._drawn(part, k)
+        return out if judged is None else {**out, "refused": np.any(judged, axis=0)}
+
+    def _drawn(self, part: slice, k: int) -> dict[str, Array]:
         examined, posterior, truth = self.examined, self.examined.posterior, self.truth[part]
         x = {name: v[part] for name, v in examined.pairs["x"].items()}
         rng = np.random.default_rng(examined.stream(0x4A9, k))
@@ -138,7 +146,8 @@ class HeldOut:
     def _own_references(self, x: Fields) -> Array:
         prior, count = self.examined.posterior.prior, len(next(iter(x.values())))
         assert self.examined.references is not None
-        given = np.asarray(self.examined.references(x["x"] if self.examined.posterior.x.plain else x), float)
+        own = {k: v.copy() for k, v in x.items()}  # a function that writes into x must not change what is tested
+        given = _of_user("references", self.examined.references, own["x"] if self.examined.posterior.x.plain else own)
         given = given[:, None] if given.ndim == 2 else given
         if given.ndim != 3 or len(given) != count or given.shape[2] != prior.dim or not given.size:
             raise SettingError(f"references: for {count} observations expected an array ({count}, {prior.dim}) or (.., references, "
@@ -149,7 +158,7 @@ class HeldOut:
 
     def _value(self, name: str, theta: Array) -> Array:
         """A user's function of theta (P, L, D): (P, L)."""
-        values = np.asarray(self.functions[name](theta), float)
+        values = _of_user(f"function {name!r}", self.functions[name], theta.copy())
         if values.shape != theta.shape[:-1]:
             raise SettingError(f"function {name!r} must give one number a theta: of an array {theta.shape} expected {theta.shape[:-1]}, "
                                f"got {values.shape}; write it over the last axis, as lambda theta: theta[..., 0]")
@@ -203,7 +212,7 @@ class HeldOut:
             by_theta(tenths, stated, among, prior.names, looking, resolution),
             joint_c2st(truth, kept, x, Map(self.references, prior.dim, x.shape[1], mapping), testing),
             self._information(found, truth, estimates), min(self.density_draws, self._kept) if "hpd" in found else 0,
-            float(found["unusable"].mean()),
+            float(found["unusable"].mean()), float(found["refused"].mean()) if "refused" in found else None,
         )
 
     def _information(self, found: dict[str, Array], truth: Array, estimates: Array) -> Information:
@@ -219,11 +228,23 @@ class HeldOut:
     def _context_moves(self, count: int) -> bool | None:
         """Whether the embedding's context differs between observations; None where the posterior has none."""
         sampler = self.examined.posterior.sampler
-        if count < 2 or not hasattr(getattr(sampler, "estimator", None), "context"):
+        contexts, estimator = getattr(sampler, "contexts", None), getattr(sampler, "estimator", None)
+        if contexts is None or count < 2 or (estimator is not None and not hasattr(estimator, "context")):
             return None
-        values = sampler.contexts({k: v[:min(count, 1000)] for k, v in self.examined.pairs["x"].items()})
+        values = contexts({k: v[:min(count, 1000)] for k, v in self.examined.pairs["x"].items()})
         values = values.detach().double().cpu().numpy()
         return bool((values.std(0) > 1e-5 * np.maximum(np.abs(values).mean(0), 1e-9)).any())
+
+
+def _of_user(what: str, function: Callable[[Any], Any], given: Any) -> Array:
+    """What a user's function gives, as real numbers; raises SettingError."""
+    try:
+        found = np.asarray(function(given))
+    except Exception as problem:  # the user's own code: anything may come
+        raise SettingError(f"{what} failed: {type(problem).__name__}: {problem}") from None
+    if found.dtype.kind not in "biuf":
+        raise SettingError(f"{what} must give real numbers, got {found.dtype}")
+    return found.astype(float)
 
 
 def held_out_figures(examined: Examined, draws: int, **settings: Any) -> HeldOutFigures:

@@ -83,6 +83,9 @@ def legendre(u: Array) -> Array:
 def by_x(u: Array, names: tuple[str, ...], features: Array, axes: tuple[str, ...], rng: np.random.Generator,
          resolution: int = MOST_NULLS) -> LocalByX:
     """Do ranks (P, K) depend on features of x (P, F)? Features that take fewer than ten values are split as far as they go."""
+    if not features.shape[1]:  # of an x that never varies
+        none = np.zeros((0, TENTHS, u.shape[1]))
+        return LocalByX(1.0, 0.0, names[0], "x", 0, "right", none, none, (), np.zeros((0, TENTHS + 1)))
     edges = np.quantile(features, np.linspace(0, 1, TENTHS + 1), axis=0).T
     place = np.stack([np.searchsorted(e[1:-1], f, side="right") for e, f in zip(edges, features.T, strict=True)], axis=1)
     cells = (place[..., None] == np.arange(TENTHS)).reshape(len(u), -1)

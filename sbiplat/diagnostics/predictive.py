@@ -213,8 +213,9 @@ def summarise(spec: ObservationSpec, x: Fields, summaries: Summaries | None) -> 
 
 
 def _of_user(name: str, function: Callable[[Any], Any], x: Any) -> Array:
+    own = {k: v.copy() for k, v in x.items()} if isinstance(x, Mapping) else np.array(x)  # a function that writes into x changes no other's
     try:
-        return np.asarray(function(x), float)
+        return np.asarray(function(own), float)
     except Exception as error:  # the user's own code: anything may come
         line = (str(error) or repr(error)).splitlines()[0]
         raise SettingError(f"the summary {name!r} fails on x: {type(error).__name__}: {line}") from error

@@ -39,7 +39,7 @@ class CalibrationCriteria:
     """How much is tested of calibration and information, and the thresholds."""
 
     pairs: int = setting(1000, "held-out pairs", low=1)
-    draws: int = setting(1000, "draws a pair", low=1)
+    draws: int = setting(1000, "draws a pair", low=2)
     least_pairs: int = setting(200, "fewer pairs than this certify nothing", low=1)
     least_draws: int = setting(500, "fewer draws than this certify nothing", low=1)
     reference_points: int = setting(4, "reference points of TARP a pair", low=1, high=64)
@@ -55,6 +55,7 @@ class CalibrationCriteria:
     c2st: float = setting(0.55, "largest area under a classifier's ROC curve, truths against draws", low=0.5, high=1.0)
     information: float = setting(0.1, "nats by which the held-out log-density must beat the prior", low=0.0)
     energy: float = setting(0.02, "share by which the energy score must beat the prior's, where there is no density", low=0.0, high=1.0)
+    chains: float = setting(0.02, "largest share of pairs whose chains disagree (nle, nre)", low=0.0, high=1.0)
     nearest: float = setting(0.05, "share by which the energy score may be worse than that of the bank's nearest rows", low=0.0, high=1.0)
 
 
@@ -78,7 +79,8 @@ def examine(examined: Examined, criteria: CalibrationCriteria) -> Part:
                      for c in figures.coverages},
         "local_coverage": {k: getattr(local, k) for k in ("p_value", "departure", "name", "axis", "tenth", "kind")},
         "regions": {k: getattr(regions, k) for k in ("p_value", "departure", "name", "tenth")},
-        "c2st": asdict(figures.joint), "density_draws": figures.density_draws, "level": level, "pairs_at_most": pairs,
+        "c2st": asdict(figures.joint), "density_draws": figures.density_draws, "refused_pairs": figures.refused,
+        "level": level, "pairs_at_most": pairs,
     }
     untested = ("coverage of regions of highest density",) if not figures.density_draws else ()
     return Part(tuple(verdicts), told, _arrays(figures), untested)
@@ -155,7 +157,7 @@ def decide(figures: HeldOutFigures, criteria: CalibrationCriteria, level: float 
     return [
         enough("pairs", figures.pairs, criteria.least_pairs, told, "make a larger bank (simulate --n), or gate with a larger --n"),
         enough("draws", figures.draws, criteria.least_draws, f"{figures.draws} draws a pair", "set the gate's draws higher"),
-        _usable(figures),
+        _usable(figures), *([] if figures.refused is None else [_chains(figures.refused, criteria)]),
         *(_uniform(_Verdict(c, c.deviation, c.deviation_band, deviation_limit(c, criteria, wide), p), level)
           for c, p in zip(figures.coverages, p_values.uniform, strict=True)),
         _worst("under-coverage", under, level,
@@ -227,7 +229,10 @@ def smallest_seen(pairs: int, level: float) -> float:
 
 
 def _rule(p_value: float, level: float, size: float, limit: float) -> str:
-    return f"Holm p = {p_value:.2g}; refused below {level:g} if over {limit:g}{MAY_BE_CHANCE if p_value >= level and size > limit else ''}"
+    told = f"Holm p = {p_value:.2g}; refused below {level:g} if over {limit:.3g}"
+    if p_value < level and size <= limit:
+        return f"{told}; passed though no chance, since it is small"
+    return told + (MAY_BE_CHANCE if p_value >= level and size > limit else "")
 
 
 def _usable(figures: HeldOutFigures) -> Criterion:
@@ -236,9 +241,17 @@ def _usable(figures: HeldOutFigures) -> Criterion:
     return Criterion("finite", passed, figures.unusable, 0.0, statement, "" if passed else "train again, with a lower learning rate")
 
 
+def _chains(refused: float, criteria: CalibrationCriteria) -> Criterion:
+    passed = refused <= criteria.chains
+    statement = (f"in {refused:.1%} of the pairs the populations of chains disagree, or the evidence is uncertain; limit "
+                 f"{criteria.chains:.0%}")
+    return Criterion("chains", passed, refused, criteria.chains, statement, "" if passed else
+                     "train longer, or with more chains or moves (--set chains=..., --set moves=... of train)")
+
+
 def _uniform(v: _Verdict, level: float) -> Criterion:
     passed = not v.fails(level)
-    statement = (f"ranks uniform: max |ECP - alpha| {v.size:.3f} (95 % band {v.band[0]:.3f}-{v.band[1]:.3f}), "
+    statement = (f"uniformity of ranks: max |ECP - alpha| {v.size:.3f} (95 % band {v.band[0]:.3f}-{v.band[1]:.3f}), "
                  f"{_rule(v.p_value, level, v.size, v.limit)}")
     return Criterion(f"coverage {v.of.name}", passed, v.size, v.limit, statement, "" if passed else _uniform_mend(v.of))
 

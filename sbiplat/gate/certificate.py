@@ -51,7 +51,8 @@ class Certificate:
         """In a few words."""
         if not self.passed:
             return f"REFUSED by {', '.join(c.name for c in self.failed)}"
-        return "passed as a draft, which certifies nothing" if self.level == DRAFT else f"certified ({self.level})"
+        own = f", by thresholds that were changed: {self.own_thresholds}" if self.own_thresholds else ""
+        return "passed as a draft, which certifies nothing" if self.level == DRAFT else f"certified ({self.level}{own})"
 
     @property
     def refusal(self) -> str:
@@ -78,7 +79,10 @@ class Certificate:
     def own_thresholds(self) -> str:
         """The thresholds that are not those of its level, in words; "" where all are."""
         usual = asdict(at_level(self.level, {}))
-        own = {k: v for k, v in self.content["thresholds"].items() if k not in ("pairs", "draws") and usual.get(k) != v}
+        had = self.content["thresholds"]
+        least = min(usual["pairs"], self.content["counts"]["held_out_rows"])
+        own = {k: had.get(k) for k in (*usual, *(k for k in had if k not in usual)) if had.get(k) != usual.get(k)
+               and not (k == "pairs" and isinstance(had.get(k), int) and had[k] >= least)}
         return ", ".join(f"{k} = {v} (usually {usual.get(k)})" for k, v in own.items())
 
     @property

@@ -22,11 +22,11 @@ class Criteria(misspecification.MisspecificationCriteria, robustness.RobustnessC
 
 
 PARTS: tuple[Callable[[Examined, Criteria], Part], ...] = (calibration.examine, robustness.examine, misspecification.examine)
-DRAFT = "draft"  # for early sight: opens no door
+DRAFT, PUBLICATION = "draft", "publication"  # for early sight, and opens no door; for a paper
 LEVELS: Mapping[str, Mapping[str, Any]] = {
     DRAFT: {"pairs": 200, "attacked": 30, "attack_restarts": 1},
     "standard": {},
-    "publication": {"pairs": 5000, "least_pairs": 5000, "attacked": 500, "attack_steps": 200, "attack_restarts": 5, "attack_queries": 1000},
+    PUBLICATION: {"pairs": 5000, "least_pairs": 5000, "attacked": 500, "attack_steps": 200, "attack_restarts": 5, "attack_queries": 1000},
 }
 
 

@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ import numpy as np
 from sbiplat.errors import RunError
 from sbiplat.gate import learning
 from sbiplat.gate.criterion import Criterion
+from sbiplat.gate.recalibrate import LEAST_PAIRS
 from sbiplat.observation import feature_names
 from sbiplat.runs import Run
 from sbiplat.simulator import available
 
+FEW_STEPS = 300
 OVERFITTED = 0.2  # nats between the losses of validation and training at the best epoch
 
 
@@ -44,7 +47,8 @@ def diagnose(run: Run, failed: Sequence[Criterion], arrays: Mapping[str, Any] | 
         return []
     by_name = {c.name: c for c in failed}
     commands = _Commands(run)
-    found = [*_tested_too_little(by_name, commands), *_not_using_x(by_name, commands), *_fragile(run, by_name, commands, arrays or {}),
+    found = [*_tested_too_little(by_name, commands), *_trained_briefly(commands), *_not_using_x(by_name, commands),
+             *_fragile(run, by_name, commands, arrays or {}),
              *_shape(by_name, commands), *_too_few(run, by_name, commands)]
     known = {name for finding in found for name in finding[0]}
     rest = [((c.name,), Finding(c.name, c.statement, c.mend)) for c in failed if c.name not in known]
@@ -58,14 +62,24 @@ class _Commands:
     """Commands on this run, as typed."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.bank = run, run.record["bank"]
+        self.run, self.bank, self.split = run, run.record["bank"], run.record["split"]
+        self._next = 2
 
-    def again(self, *words: str, bank: str = "") -> str:
+    def again(self, *words: str) -> str:
         """Train anew into another directory, with other settings."""
         given = [word for setting in self._given(words) for word in ("--set", setting)]
         defended = [word for defence in self.run.record["training"].get("defend", ()) for word in ("--defend", str(defence))]
-        return self._line("sbiplat", "train", bank or str(self.bank["path"]), "--estimator", self.run.architecture.estimator,
-                          "--out", f"{self.run.path}-2", *given, *(defended if "--defend" not in words else ()), *words)
+        seed = ("--seed", str(self.run.seed)) if self.run.seed else ()
+        estimator = self.run.architecture.estimator
+        return self._line("sbiplat", "train", str(self.bank["path"]), "--estimator", estimator, "--out", self._place(), *seed,
+                          *given, *(defended if "--defend" not in words else ()), *words)
+
+    def _place(self) -> str:
+        """A directory for another run, of another name for each finding."""
+        while Path(f"{self.run.path}-{self._next}").exists():
+            self._next += 1
+        self._next += 1
+        return f"{self.run.path}-{self._next - 1}"
 
     def _given(self, words: Sequence[str]) -> list[str]:
         """The settings of the net that are not the default ones, as --set takes them, but for those that the words set."""
@@ -75,8 +89,9 @@ class _Commands:
         return [f"{f.name}={json.dumps(value)}" if not isinstance(value, str) else f"{f.name}={value}" for f in fields(settings)
                 if (value := getattr(settings, f.name)) != getattr(usual, f.name) and f.name not in named]
 
-    def more(self, rows: int) -> str:
-        """Extend the bank and train on it."""
+    def more(self, rows: int = 0) -> str:
+        """Extend the bank, to twice as many rows at least, and train on it."""
+        rows = max(rows, 2 * int(self.bank["rows"]))
         recorded = dict(self.bank.get("simulator") or {})
         simulator = str(recorded.get("name" if recorded.get("name") in available() else "spec", "SIM"))
         made = self._line("sbiplat", "simulate", simulator, "--n", str(rows), "--seed", str(self.bank["seed"]), "--out",
@@ -123,6 +138,16 @@ def _tested_too_little(by_name: Mapping[str, Criterion], commands: _Commands) ->
     return out
 
 
+def _trained_briefly(commands: _Commands) -> Found:
+    """Few steps leave everything wrong at once."""
+    steps, epochs = (int(dict(commands.run.record.get("outcome") or {}).get(k) or 0) for k in ("steps", "epochs"))
+    if not steps or steps >= FEW_STEPS:
+        return []
+    wanted = math.ceil(2 * FEW_STEPS / steps * max(1, epochs))
+    return [((), Finding("trained briefly", f"the training had {steps} steps", "a longer training, before all else",
+                         commands.again("--set", f"max_epochs={wanted}")))]
+
+
 def _not_using_x(by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
     seen = _some(by_name, ("information", "nearest rows"))
     if not seen:
@@ -161,12 +186,13 @@ def _shape(by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
     narrow = _some(by_name, ("under-coverage",))
     rest = [c for c in uniform.values() if c not in biased]
     everywhere = not local and not wrong
+    everywhere = everywhere and int(commands.split["validation"]) >= LEAST_PAIRS and commands.run.recalibration is None
     mended = commands.of_run("recalibrate", "--out", f"{commands.run.path}-recalibrated")
     out: Found = []
     if narrow:
         out.append((_names(narrow + rest), Finding(
             "over-confident", _told(narrow), "more simulations, or a smaller net; or recalibration, if it is so everywhere",
-            mended if everywhere else commands.more(2 * int(commands.bank["rows"])))))
+            mended if everywhere else commands.more())))
     if wide:
         out.append((_names(wide + rest), Finding(
             "under-confident", _told(wide), "longer training; or recalibration, if it is so everywhere",
@@ -177,11 +203,11 @@ def _shape(by_name: Mapping[str, Criterion], commands: _Commands) -> Found:
                                             mended if everywhere and not narrow and not wide else commands.longer())))
     if local:
         out.append((_names(local), Finding("failing in a region", _told(local), "; ".join(c.mend for c in local if c.mend),
-                                           commands.more(2 * int(commands.bank["rows"])))))
+                                           commands.more())))
     if wrong or (rest and not narrow and not wide):
         seen = [*wrong, *(rest if not narrow and not wide else [])]
         out.append((_names(seen), Finding("misshapen", _told(seen), "; ".join(sorted({c.mend for c in seen if c.mend})),
-                                          commands.larger())))
+                                          commands.larger() if (overfitting(commands.run) or 0.0) < OVERFITTED else commands.more())))
     return out
 
 
@@ -195,8 +221,10 @@ def _too_few(run: Run, by_name: Mapping[str, Criterion], commands: _Commands) ->
         return [((), Finding("too few simulations", f"learning curve: {curve.statement}", "a larger bank", commands.more(curve.next_rows)))]
     gap = overfitting(run)
     if curve is None and gap is not None and gap > OVERFITTED:
+        measurable = int(commands.split["held_out"]) > 3 * learning.LEAST_ROWS  # half of them, and some
         return [((), Finding("too few simulations", f"at the best epoch the loss of rows in training is {gap:.2f} below that of others",
-                             "a larger bank; how large, a learning curve says", commands.of_run("learning-curve")))]
+                             "a larger bank; how large, a learning curve says",
+                             commands.of_run("learning-curve") if measurable else commands.more()))]
     return []
 
 

@@ -27,7 +27,7 @@ from sbiplat.diagnostics.spread import Spread
 from sbiplat.errors import SettingError, Uncertified
 from sbiplat.gate import signature
 from sbiplat.gate.certificate import Certificate, digests_of, hashed
-from sbiplat.gate.criteria import DRAFT, PARTS, Criteria, at_level
+from sbiplat.gate.criteria import DRAFT, PARTS, PUBLICATION, Criteria, at_level
 from sbiplat.gate.criterion import Part
 from sbiplat.gate.diagnosis import diagnose
 from sbiplat.gate.rows import examined_of
@@ -128,6 +128,9 @@ class Examination:
         run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
         source = run.bank(bank)
         examined = examined_of(run, source, criteria.pairs, whole_seed(seed), simulator, device, progress)
+        if level == PUBLICATION and len(examined.truth) < criteria.least_pairs:
+            raise SettingError(f"level publication needs {criteria.least_pairs} held-out pairs, and {run.path} has {len(examined.truth)}: "
+                               f"nothing was done; a bank of {10 * criteria.least_pairs} rows holds out so many, or gate at level standard")
         return cls(run, source, criteria, level, replace(examined, spread=spread), device)
 
     def parts(self) -> list[Part]:
@@ -178,9 +181,10 @@ def _written(examination: Examination, parts: list[Part], signer: Any, seconds: 
                                           "none that holds")
         return content
     path = run.path / "diagnostics.npz"
-    path.unlink(missing_ok=True)
-    with files.disk_errors(path), files.atomic_path(path) as temporary:
-        temporary.write_bytes(arrays.getvalue())
+    with files.disk_errors(path):
+        path.unlink(missing_ok=True)
+        with files.atomic_path(path) as temporary:
+            temporary.write_bytes(arrays.getvalue())
     Certificate(content, run.path).save()
     return content
 

@@ -88,6 +88,8 @@ def learning_curve(
     kind, progress = find_trained_here(run.architecture.estimator), progress or Progress.auto()
     embeddings.source_digest(getattr(run.architecture.settings, "embedding", "mlp"))  # a run must not make its code run by itself
     source = run.bank(bank)
+    if run.recalibration is not None:
+        raise RunError(f"{run.path} is recalibrated, and its parts would not be; take the run that it was made of")
     unseen, x = _unseen(run, source, simulator)
     settings, sizes, found = _as_the_user_gave(run, source, kind.training_defaults), [], []
     for name, share in SHARES.items():

@@ -8,7 +8,8 @@ split R-hat over them, and the spread of their evidences, say whether they found
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -56,6 +57,7 @@ class LikelihoodSampler(Contexts):
         super().__init__(estimator, device)
         self.log_prior, self.set_size = log_prior, set_size
         self.diagnostics: dict[str, Any] = {}  # of the last draws
+        self.judged: list[NDArray[np.bool_]] | None = None  # which observations would be refused: see `judging`
 
     @torch.no_grad()
     def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
@@ -81,7 +83,7 @@ class LikelihoodSampler(Contexts):
             first += len(part)
         worst = np.concatenate(r_hats)
         self.diagnostics = {"ess_min": float(np.concatenate(sizes).min()), "r_hat_max": float(worst.max())}
-        _refuse(worst, MOST_R_HAT, "the draws are not to be used: the populations disagree, r_hat", MEND)
+        self._refuse(worst, MOST_R_HAT, "the draws are not to be used: the populations disagree, r_hat", MEND)
         return np.concatenate(draws)
 
     @torch.no_grad()
@@ -90,8 +92,8 @@ class LikelihoodSampler(Contexts):
         values, _ = self._observed(x)
         log_z, errors, r_hats = self._evidence(values)
         what = "the density is not to be used: "
-        _refuse(r_hats, MOST_R_HAT, what + "the populations that give the evidence disagree, r_hat", MEND)
-        _refuse(errors, MOST_EVIDENCE_ERROR, what + "the standard error of the log-evidence, in nats,", MEND)
+        self._refuse(r_hats, MOST_R_HAT, what + "the populations that give the evidence disagree, r_hat", MEND)
+        self._refuse(errors, MOST_EVIDENCE_ERROR, what + "the standard error of the log-evidence, in nats,", MEND)
         points = torch.as_tensor(z, device=self.device)
         path = _Path(self.estimator, values, self.log_prior, 1)
         return path.heights(torch.arange(len(points), device=self.device), points, None).target.cpu().numpy() - log_z[:, None]
@@ -109,6 +111,14 @@ class LikelihoodSampler(Contexts):
     def of_sets(self, k: int) -> LikelihoodSampler:
         """The same of k independent observations of one theta, whose log-likelihoods add."""
         return LikelihoodSampler(self.estimator, self.log_prior, str(self.device), k)
+
+    def _refuse(self, figures: Array, limit: float, what: str, mend: str) -> None:
+        over = ~(figures <= limit)
+        if self.judged is not None:
+            self.judged.append(over)
+        elif over.sum() > TOLERATED * len(figures):
+            where = "" if len(figures) == 1 else f" in {over.sum()} of {len(figures)} observations"
+            raise ChainError(f"{what} {figures[over].max():.2f} is over {limit:g}{where}; {mend}")
 
     # ------------------------------------------------------------------------------------------------------- parts
 
@@ -154,11 +164,19 @@ def _r_hat(apart: Tensor) -> Array:
     return r_hat(apart.flatten(1, 2).double().cpu().numpy()).max(1)
 
 
-def _refuse(figures: Array, limit: float, what: str, mend: str) -> None:
-    bad = figures[~(figures <= limit)]
-    if len(bad) > TOLERATED * len(figures):
-        where = "" if len(figures) == 1 else f" in {len(bad)} of {len(figures)} observations"
-        raise ChainError(f"{what} {bad.max():.2f} is over {limit:g}{where}; {mend}")
+@contextmanager
+def judging(sampler: Any) -> Iterator[list[NDArray[np.bool_]] | None]:
+    """Meanwhile no observation is refused: for each call, which of its observations would be, (B,). None of samplers without chains."""
+    inner = [sampler, *getattr(sampler, "members", ()), *([sampler.inner] if hasattr(sampler, "inner") else [])]
+    chained = [s for s in inner if isinstance(s, LikelihoodSampler)]
+    found: list[NDArray[np.bool_]] = []
+    for each in chained:
+        each.judged = found
+    try:
+        yield found if chained else None
+    finally:
+        for each in chained:
+            each.judged = None
 
 
 def _seed(seed: int, observation: int, population: int) -> int:

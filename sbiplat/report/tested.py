@@ -5,6 +5,7 @@ Curves and maps stand in RUN/diagnostics.npz, which the certificate binds; other
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ Array = NDArray[np.float64]
 Arrays = Mapping[str, NDArray[Any]]
 DAMAGED = "diagnostics.npz is damaged"
 MOST_AXES, MOST_ROWS = 4, 16
+MOST_BYTES = 2**30  # of all arrays together
 CHANCE = 0.05  # that any cell of a map is marked where all is well
 
 
@@ -33,6 +35,9 @@ def diagnostics(run: Run, certificate: Certificate) -> dict[str, NDArray[Any]]:
         raise ValueError(f"there is no {path.name}")
     if files.digest_file(path) != certificate.content["digests"].get("diagnostics"):
         raise ValueError(f"{path.name} is not the one of the certificate")
+    with zipfile.ZipFile(path) as raw:
+        if sum(item.file_size for item in raw.infolist()) > MOST_BYTES:
+            raise ValueError(f"{path.name} would take over {MOST_BYTES / 1e9:.1g} GB")
     with np.load(path, allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 

@@ -9,17 +9,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import STATUS, simulator_of
 from sbiplat.bank.stream import Split, pairs_at, split
-from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
+from sbiplat.errors import OtherTraining, RunError, SimulatorError
 from sbiplat.estimators.base import Architecture, find, find_trained_here
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
-from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run
+from sbiplat.runs import FORMAT_VERSION, PRACTICAL, Run, usable_device
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import setting, whole_seed
 from sbiplat.settings import split as split_settings
@@ -27,7 +25,6 @@ from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 from sbiplat.training.defence import checked
 
-DEVICES = ("cpu", "cuda")
 PRECISIONS = ("float32", "bf16")
 HELD_OUT_LEAST = 500
 
@@ -81,12 +78,7 @@ def filled(settings: TrainSettings, bank: Bank, defaults: Mapping[str, Any]) -> 
         values["held_out_most"] = min(5000, max(1000, int(settings.memory_mb * 2**17) // bank.header.x.row_bytes))
     if settings.held_out is None:
         values["held_out"] = min(0.2, max(0.1, HELD_OUT_LEAST / max(1, int((bank.status == STATUS["ok"]).sum()))))
-    try:
-        if torch.device(settings.device).type not in DEVICES:
-            raise RuntimeError(f"expected {' or '.join(DEVICES)}")
-        torch.empty(0, device=settings.device)
-    except (RuntimeError, AssertionError) as error:
-        raise SettingError(f"device = {settings.device!r} is not to be had here: {str(error).splitlines()[0]}") from None
+    usable_device(settings.device)
     return build_settings(TrainSettings, values)
 
 

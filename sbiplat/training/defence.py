@@ -69,10 +69,9 @@ class Slab:
     """slab:SHARE, of the rows of a step, each disturbed by noise of a size of its own between the least and the most, log-uniform."""
 
     figure: ClassVar[str] = "share"
+    below: ClassVar[float] = 1.0
 
     def __init__(self, share: float) -> None:
-        if share >= 1:
-            raise SettingError(f"defend = 'slab:{share:g}': expected a share of the rows below 1, such as slab:0.1")
         self.share = share
 
     def disturbed(self, estimator: Estimator, theta: Tensor, x: Fields, units: Fields) -> Fields:
@@ -200,9 +199,10 @@ def parsed(words: Sequence[str]) -> dict[str, float]:
             figure = float(text) if colon else math.nan
         except ValueError:
             figure = math.nan
-        if not 0 < figure < math.inf:
-            raise SettingError(f"defend = {word!r}: expected {kind}:{KINDS[kind].figure.upper().replace(' ', '_')}, a number above 0, "
-                               f"such as {kind}:0.1")
+        below = getattr(KINDS[kind], "below", math.inf)
+        if not 0 < figure < below:
+            raise SettingError(f"defend = {word!r}: expected {kind}:{KINDS[kind].figure.upper().replace(' ', '_')}, a number above 0"
+                               f"{f' and below {below:g}' if below < math.inf else ''}, such as {kind}:0.1")
         if kind in found:
             raise SettingError(f"defend has {kind} twice, {found[kind]!r} and {figure!r}; give it once")
         found[kind] = figure

@@ -322,6 +322,7 @@ def test_a_run_records_its_defence_and_no_other_resumes_it(line_bank, tmp_path):
     ("npe", "fisher:-0.1", r"expected fisher:WEIGHT, a number above 0"),
     ("npe", "noise:inf", r"expected noise:SCALE"),
     ("npe", "fischer:0.1", r"no defence is called 'fischer'; did you mean fisher\?"),
+    ("npe", "slab:2", r"'slab:2': expected slab:SHARE, a number above 0 and below 1"),
     ("npe", "magic:0.1", r"no defence is called 'magic'; known: noise, slab, adversarial, fisher"),
     ("npe", ["fisher:0.1", "fisher:0.2"], r"defend has fisher twice, 0.1 and 0.2"),
     ("npe", [0.1], r"defend = \[0.1\]: expected a text, or a list of texts"),
