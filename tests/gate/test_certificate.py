@@ -230,7 +230,7 @@ def test_thresholds_of_ones_own_stay_with_the_draws(run_copy):
     assert "own_thresholds" not in {k for k, v in sp.load(run_copy).provenance.items() if v}
     assert sp.gate(run_copy, progress=silent, under_coverage=0.5, n=300).passed
     posterior = sp.load(run_copy)
-    assert posterior.provenance["own_thresholds"] == "under_coverage = 0.5 (usually 0.05)"
+    assert posterior.provenance["own_thresholds"] == "pairs = 300 (usually 1000), under_coverage = 0.5 (usually 0.05)"
     assert posterior.to_arviz(np.zeros(2), 5).posterior.attrs["own_thresholds"]
 
 
