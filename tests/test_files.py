@@ -94,3 +94,22 @@ def test_an_error_that_is_no_disks_is_let_through(tmp_path):
 def test_a_files_digest_is_that_of_its_bytes(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert files.digest_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_pipe_has_no_digest_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="no plain file"):
+        files.digest_file(tmp_path / "pipe")
+
+
+@pytest.mark.parametrize("text", ['{"a": 1e999}', '{"a": [1, -1e400]}'])
+def test_a_number_beyond_all_is_damage(tmp_path, text):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match="damaged"):
+        files.read_json(tmp_path / "x.json", "x", UserError)
+
+
+def test_many_names_of_which_one_is_given_twice_are_told_at_once(tmp_path):
+    (tmp_path / "x.json").write_text("{" + ", ".join(f'"n{k}": 1' for k in range(100_000)) + ', "n7": 2}')
+    with pytest.raises(UserError, match="'n7' twice"):
+        files.read_json(tmp_path / "x.json", "x", UserError)

@@ -91,6 +91,8 @@ def reference_from(arrays: Mapping[str, NDArray[Any]], figures: Mapping[str, Any
     widths = [made.units[:, 1], *(v for s in spaces.values() for v in (s.scale, s.variances))]
     if not all((v > 0).all() for v in widths) or not (np.diff(ranks) > 0).all() or not 0 <= ranks[0] <= ranks[-1] < made.tails.rows:
         raise ValueError("its units or ranks are damaged")
+    if not (0 < made.level <= 0.5 and 0 <= made.seed < 2**62 and made.tails.rows < 2**48):
+        raise ValueError("its level, seed or number of rows is none")
     if not len(made.held_out) or not all(len(s.rows) for s in spaces.values()) or "x" not in spaces:
         raise ValueError("it has no rows")
     return made
