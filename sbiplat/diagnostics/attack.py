@@ -63,7 +63,7 @@ def attack(
     simulator = None if simulator is None else resolve(simulator)
     made, seed = build(AttackSettings, settings), whole_seed(seed)
     if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < 1e9:
-        raise SettingError(f"eps must be a number above 0, in robust sds, got {eps!r}")
+        raise SettingError(f"eps must be above 0, a number of robust sds, got {eps!r}")
     target = target_of(posterior)
     if gradients and not target.gradients:
         raise SettingError("no gradient reaches x here; take gradients=False, which searches without")
