@@ -435,6 +435,11 @@ def test_robustness_whose_data_the_sampler_refused_is_drawn() -> None:
     drawn = figures.robustness(figures.Robust(np.array([0.1, 1.0]), kl, kl / 2, kl, 3.0, 0.1, np.array([0.5, 0.9]), cover, cover,
                                               np.full((2, 2), 0.4)))
     drawn.canvas.draw()
+    lines = {line.get_label().replace("\n", " "): line.get_ydata() for line in drawn.axes[0].lines}
+    assert "worst change found: median" in lines, "what was not refused is drawn all the same"
+    shares = [line.get_ydata() for ax in drawn.axes[1:] for line in ax.lines if line.get_label() in ("under attack", "under noise")]
+    assert shares
+    assert not np.isfinite(np.concatenate(shares)).any(), "no coverage is made up"
 
 
 @pytest.mark.parametrize(("dim", "panels"), [(1, 1), (3, 3), (20, 8)])
