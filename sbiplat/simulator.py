@@ -66,6 +66,7 @@ class Simulator:
     about: str = ""
     observe: Observe | None = None
     parallel: bool = False
+    symmetry: Any = None  # a symmetry.GroupAction, or what makes one
     spec: str = field(default="", compare=False)  # how another process finds it again
 
     def __call__(self, theta: NDArray[np.float64], rng: np.random.Generator, comm: Any = None) -> Any:
@@ -131,6 +132,7 @@ def simulator(
     observe: Callable[..., Any] | None = None,
     signal_shape: Any = None,
     parallel: bool = False,
+    symmetry: Any = None,
 ) -> Callable[[Callable[..., Any]], Simulator]:
     """Register a function `(theta, rng) -> x` as a simulator; see the module's docstring for its two forms.
 
@@ -140,6 +142,7 @@ def simulator(
     batched); a row that takes longer is marked timed-out. observe: `(signal, theta, rng) -> x` in torch, where the function gives a
     signal of `signal_shape` (by default x_shape): noise that is drawn afresh in every epoch, see observe.py. parallel: the function is
     `(theta, rng, comm) -> x` and runs on all MPI ranks of comm at once, each with the same theta and rng; x is that of its rank 0.
+    symmetry: a group that moves theta and x together (see `sbiplat.symmetry`), for `train(..., symmetry="gnpe")`.
     """
     if time_limit is not None and not (isinstance(time_limit, int | float) and time_limit > 0):
         raise SimulatorError(f"time_limit must be a number of seconds, got {time_limit!r}")
@@ -166,7 +169,7 @@ def simulator(
         except ValueError:
             pass  # a compiled callable without a signature
         made = Simulator(function, own_name, prior, x, batched, citation, log_likelihood, posterior_log_prob, posterior_sampler,
-                         time_limit, summary, observer(own_name), parallel, address(function))
+                         time_limit, summary, observer(own_name), parallel, symmetry, address(function))
         _register(made)
         return made
 

@@ -1,0 +1,127 @@
+r"""What a group action is: a group that moves theta and x together.
+
+.. math:: p(T_g x \,|\, g \theta) = p(x \,|\, \theta) \, |\det T_g|^{-1}
+
+where it is exact, and about so where it is approximate. The pose p(theta) is the element that carries the standard pose to that of
+theta, so that :math:`p(g \theta) = g \, p(\theta)`. A proxy is a blurred pose, :math:`\hat g = p(\theta) \exp(v)` with
+:math:`v \sim N(0, \mathrm{diag}(\kappa^2))`: noise from the right, so that the kernel is equivariant,
+:math:`K(h \hat g | h \theta) = K(\hat g | \theta)` (Dax et al., 2022). GNPE looks at x in the standard pose, :math:`T_{\hat g}^{-1} x`.
+
+Arrays are torch's. Elements of the group and parameters are float64, g (B, S) and theta (B, k) in the user's units, with the columns
+`parameters` in that order; x is a dict of fields (B, ...) as the simulator returns them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sbiplat.lazy import Lazy
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Lazy("torch")
+
+Fields = dict[str, Any]  # name -> tensor (B, ...)
+
+
+class GroupAction:
+    """Base of actions. A subclass gives the group (identity, compose, inverse), how it acts (act_data, act_theta) and its coordinates
+    (log, exp); what it leaves away is that of R^k acting on as many parameters.
+
+    parameters: the columns of theta that it moves or that its pose is made of. coordinates: names of the P tangent coordinates, by which
+    kernel widths are given. size: S, the numbers that hold an element. exact: whether the equation of the module holds; elsewhere it is
+    approximate, and the net gets the proxy too. moves: whether act_theta moves theta; a derived pose that no motion of theta
+    belongs to, such as arrival times from a sky position, is approximate and moves nothing.
+    """
+
+    parameters: tuple[str, ...] = ()
+    exact: bool = True
+    moves: bool = True
+
+    @property
+    def coordinates(self) -> tuple[str, ...]:
+        return self.parameters
+
+    @property
+    def size(self) -> int:
+        return len(self.coordinates)
+
+    @property
+    def factors(self) -> tuple[GroupAction, ...]:
+        """The actions that it is a product of: itself, where it is none."""
+        return (self,)
+
+    # ------------------------------------------------------------------------------------------------- the group
+
+    def identity(self, count: int) -> Tensor:
+        """(count, S)."""
+        return torch.zeros(count, self.size, dtype=torch.float64)
+
+    def compose(self, g: Tensor, h: Tensor) -> Tensor:
+        """g h: first h acts, then g."""
+        return g + h
+
+    def inverse(self, g: Tensor) -> Tensor:
+        return -g
+
+    def exp(self, v: Tensor) -> Tensor:
+        """The element (B, S) of tangent coordinates (B, P): any chart around the identity, with exp(0) the identity."""
+        return v
+
+    def log(self, g: Tensor) -> Tensor:
+        """The coordinates (B, P) of an element nearest to 0: exp(log(g)) = g."""
+        return g
+
+    def preimages(self, v: Tensor) -> Sequence[Tensor]:
+        """The coordinates that give the element exp(v), with v among them; of a circle v + 2 pi k, as many as a kernel can reach."""
+        return (v,)
+
+    def log_volume(self, v: Tensor) -> Tensor:
+        """log of the density of the group's left-invariant (Haar) measure in the coordinates v (B, P): (B,)."""
+        return v.new_zeros(v.shape[:-1])
+
+    # ----------------------------------------------------------------------------------------------- how it acts
+
+    def pose_of(self, theta: Tensor) -> Tensor:
+        """(B, S) of theta (B, k)."""
+        return theta
+
+    def act_data(self, g: Tensor, x: Fields) -> Fields:
+        """T_g x, the same fields, shapes and dtypes."""
+        raise NotImplementedError
+
+    def act_theta(self, g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """g theta (B, k), and log |det d(g theta) / d theta| (B,)."""
+        return theta + g, theta.new_zeros(len(theta))
+
+    def chart(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """u (B, k) in R^k of parameters near the standard pose, for a net to learn, and log |det du / d theta| (B,)."""
+        return theta, theta.new_zeros(len(theta))
+
+    def unchart(self, u: Tensor) -> Tensor:
+        """The inverse of `chart`."""
+        return u
+
+    # ------------------------------------------------------------------------------------------------- the kernel
+
+    def blur(self, g: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Proxies of poses g (B, S): g exp(v), v ~ N(0, diag(widths^2))."""
+        noise = torch.randn(len(g), len(self.coordinates), generator=generator, dtype=g.dtype, device=g.device)
+        return self.compose(g, self.exp(noise * widths))
+
+    def log_kernel(self, proxy: Tensor, pose: Tensor, widths: Tensor) -> Tensor:
+        """log K(proxy | pose), (B,), over the group's left-invariant measure: positive everywhere."""
+        v = self.log(self.compose(self.inverse(pose), proxy))
+        each = [(-0.5 * (w / widths).square() - widths.log() - 0.5 * math.log(2 * math.pi)).sum(-1) - self.log_volume(w)
+                for w in self.preimages(v)]
+        return torch.logsumexp(torch.stack(each), 0)
+
+    # ------------------------------------------------------------------------------------------------- to a file
+
+    def to_json(self) -> dict[str, Any] | None:
+        """What makes a ready-made action again without any code of a user's; None of a user's own."""
+        return None
