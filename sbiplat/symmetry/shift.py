@@ -1,8 +1,10 @@
-r"""Shifts in time of sampled signals, :math:`(T_t x)(s) = x(s - t)`, and of spectra, :math:`(T_t \tilde x)(f) = e^{-2 \pi i f t} \tilde x(f)`.
+r"""Shifts in time of sampled signals and of spectra,
+
+.. math:: (T_t x)(s) = x(s - t), \qquad (T_t \tilde x)(f) = e^{-2 \pi i f t} \, \tilde x(f).
 
 A series is shifted by its discrete Fourier transform, so it is periodic, and t need not be a whole number of samples: the group law
-:math:`T_s T_t = T_{s + t}` holds to rounding, and :math:`T_t` is orthogonal, so that white (and any stationary periodic) noise keeps its law.
-With an even number of samples the highest frequency is real, and no continuous group can turn it: it stays as it is. So a
+:math:`T_s T_t = T_{s + t}` holds to rounding, and :math:`T_t` is orthogonal, so that white noise (and any that is stationary on the
+circle) keeps its law. With an even number of samples the highest frequency is real, and no continuous group can turn it: it stays as it is. So a
 whole number of samples is a roll of the series but for the sign of that one frequency, of which a band-limited signal has nothing.
 """
 
@@ -75,7 +77,10 @@ def _positive(name: str, value: Any) -> None:
 
 @dataclass(frozen=True)
 class TimeShift(GroupAction):
-    """theta + t, and series of the field, shape (..., T), later by t; channels: the rows of (..., C, T) that are shifted, by default all."""
+    """theta + t, and series of the field, shape (..., T), later by t; `spacing`: seconds a sample.
+
+    channels: the rows of (..., C, T) that are shifted, by default all.
+    """
 
     parameter: str
     spacing: float

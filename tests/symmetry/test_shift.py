@@ -45,7 +45,7 @@ def test_shifts_of_any_real_series_compose_and_keep_lengths(samples):
 def test_a_spectrum_is_shifted_as_its_series_is():
     x, t = noise(3, 2, 33), noise(3)
     spectrum = torch.fft.rfft(x)
-    moved = shift_spectrum(torch.stack([spectrum.real, spectrum.imag], -2), t, torch.arange(17) / (33 * 0.5))
+    moved = shift_spectrum(torch.stack([spectrum.real, spectrum.imag], -2), t, torch.arange(17, dtype=torch.float64) / (33 * 0.5))
     back = torch.fft.irfft(torch.complex(*moved.unbind(-2)), n=33)
     assert torch.allclose(back, shift_series(x, t, 0.5), atol=1e-12)
 
