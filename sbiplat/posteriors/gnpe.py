@@ -153,39 +153,40 @@ class GNPESampler(Contexts):
         for a in range(0, len(proxy), size):
             rows = slice(a, a + size)
             seen = self.frame.standardise({k: v[owner[rows]] for k, v in x.items()}, proxy[rows])
-            yield rows, main.context(main.prepare(seen))
+            yield rows, main.context(main.prepare_differentiably(seen) if torch.is_grad_enabled() else main.prepare(seen))
 
     # -------------------------------------------------------------------------------------------------- densities
 
     @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
         """The marginal log q(z | x) of z (B, n, D): (B, n); see the module's docstring."""
-        out, met, done = [], [], 0
+        out, done = [], 0
         for part in self._parts(x, CENTRES):
             batch = len(next(iter(part.values())))
-            generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED))
-            _, centres, chains = self._chains(part, CENTRES, generator)
-            met.append(chains)
             points = torch.as_tensor(z[done:done + batch], device=self.device)
-            out.append(self._marginal(points, part, centres, generator).cpu().numpy())
+            out.append(self.marginal(points, part, self.centres(part, CENTRES), PROXIES).cpu().numpy())
             done += batch
         return np.concatenate(out)
 
-    def _marginal(self, z: Tensor, x: dict[str, Tensor], centres: Tensor, generator: torch.Generator) -> Tensor:
+    @torch.no_grad()
+    def centres(self, x: dict[str, Tensor], count: int) -> Tensor:
+        """The poses (b, count, S) whose kernels are the density of proxies, always the same for one x in its place."""
+        generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED))
+        return self._chains(x, count, generator)[1]
+
+    def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Tensor, proxies: int) -> Tensor:
+        """log q(z | x) of z (b, n, D): float64 (b, n), by so many proxies a theta; differentiable in x, with the centres held fast."""
         batch, n, _ = z.shape
-        each = z.flatten(0, 1).repeat_interleave(PROXIES, 0)
+        generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED + 1))
+        each = z.flatten(0, 1).repeat_interleave(proxies, 0)
         pose = self.frame.pose(each)
         proxy = self.frame.blur(pose, generator)
-        owner = torch.arange(batch, device=self.device).repeat_interleave(n * PROXIES)
-        joint = self._log_conditional(each, x, owner, proxy) + self.log_proxy(proxy.unflatten(0, (batch, -1)), centres).flatten()
-        ratios = (joint - self.frame.log_kernel(proxy, pose)).view(batch, n, PROXIES)
-        return torch.logsumexp(ratios, -1) - math.log(PROXIES)
-
-    def _log_conditional(self, z: Tensor, x: dict[str, Tensor], owner: Tensor, proxy: Tensor) -> Tensor:
-        """log q(z | x[owner], proxy) of rows (R, D), float64 (R,)."""
-        u, log_det = self.frame.to_relative(z, proxy)
-        parts = [self.inner.densities(u[rows], contexts).double() for rows, contexts in self._contexts_of(x, owner, proxy)]
-        return torch.cat(parts) + log_det
+        owner = torch.arange(batch, device=self.device).repeat_interleave(n * proxies)
+        u, log_det = self.frame.to_relative(each, proxy)
+        conditional = [self.inner.densities(u[rows], contexts).double() for rows, contexts in self._contexts_of(x, owner, proxy)]
+        of_proxy = self.log_proxy(proxy.unflatten(0, (batch, -1)), centres).flatten()
+        ratios = (torch.cat(conditional) + log_det + of_proxy - self.frame.log_kernel(proxy, pose)).view(batch, n, proxies)
+        return torch.logsumexp(ratios, -1) - math.log(proxies)
 
     def log_proxy(self, proxy: Tensor, centres: Tensor) -> Tensor:
         """The mixture's log-density (b, m) of proxies (b, m, S), for centres (b, N, S)."""

@@ -122,8 +122,8 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
             raise SettingError(f"the kernel of {name}, {width:.3g}, is far too narrow for a pose known to {s:.3g}: chains would take about "
                                f"{predicted_steps(width / s):.0f} steps; take a width of {0.5 * s:.3g} to {s:.3g}")
         if width >= most:
-            raise SettingError(f"the kernel of {name}, {width:.3g}, is as wide as the prior of the pose ({most:.3g}): nothing is standardised "
-                               f"by it; take a width below {s:.3g}, more simulations, a better initial net, or symmetry = \"none\"")
+            raise SettingError(f"the kernel of {name}, {width:.3g}, is as wide as the prior of the pose ({most:.3g}): nothing is "
+                               f"standardised by it; take a width below {s:.3g}, more simulations, or symmetry = \"none\"")
     slope, leaving = frame.slope_of_prior(z, generator)
     flat = slope <= MOST_SLOPE and leaving <= MOST_LEAVING
     told: list[bool] = []
