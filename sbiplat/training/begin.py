@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -25,8 +26,9 @@ from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 from sbiplat.symmetry import names
 from sbiplat.symmetry.action import GroupAction
+from sbiplat.symmetry.augment import Augmentation
 from sbiplat.symmetry.frame import check_parameters
-from sbiplat.symmetry.settings import NONE, SymmetrySettings
+from sbiplat.symmetry.settings import AUGMENT, GNPE, NONE, SymmetrySettings
 from sbiplat.training.defence import checked
 
 PRECISIONS = ("float32", "bf16")
@@ -99,6 +101,7 @@ class Plan:
     observe: Observe | None
     symmetry: SymmetrySettings = PLAIN
     action: GroupAction | None = None  # of the simulator, where symmetry asks for it
+    augmentation: Augmentation | None = None  # what moves rows, where symmetry is augment
     start: Callable[[Estimator], None] | None = None  # what an estimator is given before its training
 
     def record(self, out: Path) -> dict[str, Any]:
@@ -115,8 +118,16 @@ class Plan:
                       "left_out": apart.left_out, "digest": apart.digest()},
             "observe_source": source_digest(self.observe.function) if self.observe else None,
             "embedding_source": embeddings.source_digest(getattr(shape, "embedding", "mlp")),
-            **({"symmetry": asdict(self.symmetry)} if self.action is not None else {}),
+            **({"symmetry": {**asdict(self.symmetry), **self._moves()}} if self.action is not None else {}),
         }
+
+    def _moves(self) -> dict[str, Any]:
+        """How rows are moved in training, where they are."""
+        if self.action is None or self.augmentation is None:
+            return {}
+        frame = self.augmentation.frame
+        return {"action": names.describe(self.action), "widths": dict(zip(frame.action.coordinates, frame.widths, strict=True)),
+                "acceptance": self.augmentation.acceptance}
 
 
 def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulator | str | None, settings: Mapping[str, Any]) -> Plan:
@@ -128,6 +139,8 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
         values["embedding"] = embeddings.register(values["embedding"])
     ours, theirs, groups = split_settings(values, TrainSettings, kind.settings_class, SymmetrySettings)
     symmetry = build_settings(SymmetrySettings, groups)
+    if symmetry.symmetry != GNPE and (idle := sorted(set(groups) - {"symmetry"})):
+        raise SettingError(f"{idle[0]} is of symmetry = {GNPE!r}, and symmetry = {symmetry.symmetry!r}; leave it away")
     training = filled(build_settings(TrainSettings, ours), bank, kind.training_defaults)
     training = replace(training, defend=checked(training.defend, estimator, kind))
     prior, shape = bank.header.prior, build_settings(kind.settings_class, theirs)
@@ -138,7 +151,10 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
         some = pairs_at(bank, apart.validation[:8])
         check_observe(observe, some["x"], some["parameters"])
     made = Plan(bank, architecture, training, seed, apart, observe, symmetry)
-    return made if symmetry.symmetry == NONE else replace(made, action=action_of(made, simulator))
+    if symmetry.symmetry == NONE:
+        return made
+    action = action_of(made, simulator)
+    return replace(made, action=action, augmentation=Augmentation.of(action, prior) if symmetry.symmetry == AUGMENT else None)
 
 
 def action_of(plan: Plan, simulator: Simulator | str | None) -> GroupAction:
@@ -148,7 +164,7 @@ def action_of(plan: Plan, simulator: Simulator | str | None) -> GroupAction:
     if made_by.symmetry is None:
         raise SettingError(f"symmetry = {kind!r}: the simulator {made_by.name!r} declares no symmetry; give it one "
                            "(@sp.simulator(..., symmetry=...)), or leave the setting away")
-    if plan.training.compile or getattr(plan.architecture.settings, "members", 1) > 1:
+    if kind == GNPE and (plan.training.compile or getattr(plan.architecture.settings, "members", 1) > 1):
         raise SettingError(f"symmetry = {kind!r} goes neither with compile = true nor with members; leave them away")
     action = names.resolve_action(made_by.symmetry)
     check_parameters(action, bank.header.prior)
@@ -174,22 +190,24 @@ def check_bank(plan: Plan, progress: Progress) -> None:
                        f"{most:.2%}: its likelihood would be that of simulations that succeed; return an x in such rows, or use npe")
     if apart.left_out:
         progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: "
-                     "the posterior is given that a simulation succeeds")
+                     "the posterior is given that a simulation succeeds"
+                     + ("" if plan.augmentation is None else ", and moved rows may lie where one would have failed"))
 
 
 def same_training(record: Mapping[str, Any], out: Path) -> Run:
     """The run that stands in `out`, if it is of the same training; raises OtherTraining with the first thing that differs."""
-    run = Run.open(out)
+    run, record = Run.open(out), json.loads(json.dumps(record))  # as it is read back: lists for tuples
 
     def flat(record: Mapping[str, Any]) -> dict[str, Any]:
         training = {**asdict(TrainSettings()), **record["training"]}  # what a run of before a setting lacks is its default
+        symmetry = record.get("symmetry") or {}
         settings = {**record["architecture"]["settings"], **{k: v for k, v in training.items() if k not in PRACTICAL}}
         return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
                 "the embedding's code": (record.get("embedding_source") or "none")[:12],
                 "the code of observe": (record.get("observe_source") or "none")[:12],
-                **(record.get("symmetry") or asdict(PLAIN)),
-                "the action": (record["architecture"].get("symmetry") or {}).get("action")}
+                **{k: symmetry.get(k, v) for k, v in asdict(PLAIN).items()},
+                "the action": (record["architecture"].get("symmetry") or symmetry).get("action")}
 
     mine, theirs = flat(run.record), flat(record)
     differs = [k for k in theirs if mine.get(k) != theirs[k]]
