@@ -15,6 +15,7 @@ from sbiplat.bank.layout import STATUS, simulator_of
 from sbiplat.bank.stream import Split, pairs_at, split
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
 from sbiplat.estimators.base import Architecture, Estimator, find, find_trained_here
+from sbiplat.estimators.equivariant import BASES
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
@@ -27,7 +28,7 @@ from sbiplat.source import source_digest
 from sbiplat.symmetry import names
 from sbiplat.symmetry.action import GroupAction
 from sbiplat.symmetry.augment import Augmentation
-from sbiplat.symmetry.frame import check_parameters
+from sbiplat.symmetry.frame import PROXY, check_parameters, widths_of
 from sbiplat.symmetry.settings import AUGMENT, GNPE, NONE, SymmetrySettings
 from sbiplat.training.defence import checked
 
@@ -118,15 +119,17 @@ class Plan:
                       "left_out": apart.left_out, "digest": apart.digest()},
             "observe_source": source_digest(self.observe.function) if self.observe else None,
             "embedding_source": embeddings.source_digest(getattr(shape, "embedding", "mlp")),
-            **({"symmetry": {**asdict(self.symmetry), **self._moves()}} if self.action is not None else {}),
+            **({"symmetry": self._symmetry()} if self.action is not None else {}),
         }
 
-    def _moves(self) -> dict[str, Any]:
-        """How rows are moved in training, where they are."""
-        if self.action is None or self.augmentation is None:
-            return {}
+    def _symmetry(self) -> dict[str, Any]:
+        """The settings, the action, and how rows are moved, where they are."""
+        assert self.action is not None
+        about = {**asdict(self.symmetry), "action": names.describe(self.action)}
+        if self.augmentation is None:
+            return about
         frame = self.augmentation.frame
-        return {"action": names.describe(self.action), "widths": dict(zip(frame.action.coordinates, frame.widths, strict=True)),
+        return {**about, "widths": dict(zip(frame.action.coordinates, frame.widths, strict=True)),
                 "acceptance": self.augmentation.acceptance}
 
 
@@ -164,11 +167,25 @@ def action_of(plan: Plan, simulator: Simulator | str | None) -> GroupAction:
     if made_by.symmetry is None:
         raise SettingError(f"symmetry = {kind!r}: the simulator {made_by.name!r} declares no symmetry; give it one "
                            "(@sp.simulator(..., symmetry=...)), or leave the setting away")
-    if kind == GNPE and (plan.training.compile or getattr(plan.architecture.settings, "members", 1) > 1):
-        raise SettingError(f"symmetry = {kind!r} goes neither with compile = true nor with members; leave them away")
     action = names.resolve_action(made_by.symmetry)
     check_parameters(action, bank.header.prior)
+    if kind == GNPE:
+        _check_gnpe(plan, action)
     return action
+
+
+def _check_gnpe(plan: Plan, action: GroupAction) -> None:
+    """Raises SettingError where GNPE does not go with the other settings, or with x."""
+    architecture, training = plan.architecture, plan.training
+    if architecture.estimator not in BASES:
+        raise SettingError(f"symmetry = {GNPE!r} goes with {', '.join(BASES)}, and the estimator is {architecture.estimator}")
+    for given, word in ((training.compile, "compile = true"), (getattr(architecture.settings, "members", 1) > 1, "members"),
+                        (bool(training.defend), "defend")):
+        if given:
+            raise SettingError(f"symmetry = {GNPE!r} does not go with {word}; leave it away")
+    if PROXY in architecture.x.shapes:
+        raise SettingError(f"x has a field {PROXY!r} of its own, and GNPE adds one of that name; call it something else")
+    widths_of(action, plan.symmetry.kernel_widths or {})
 
 
 def check_place(out: Path) -> None:
@@ -207,7 +224,7 @@ def same_training(record: Mapping[str, Any], out: Path) -> Run:
                 "the embedding's code": (record.get("embedding_source") or "none")[:12],
                 "the code of observe": (record.get("observe_source") or "none")[:12],
                 **{k: symmetry.get(k, v) for k, v in asdict(PLAIN).items()},
-                "the action": (record["architecture"].get("symmetry") or symmetry).get("action")}
+                "the action": symmetry.get("action") or (record["architecture"].get("symmetry") or {}).get("action")}
 
     mine, theirs = flat(run.record), flat(record)
     differs = [k for k in theirs if mine.get(k) != theirs[k]]

@@ -79,6 +79,8 @@ def carry_out(wanted: Plan, out: Path, progress: Progress, *, watch: Watch | Non
     """
     torch.set_num_threads(wanted.training.threads)
     if wanted.symmetry.symmetry == GNPE and wanted.action is not None and wanted.architecture.symmetry is None:
+        if (out / "run.json").exists() and (run := same_training(wanted.record(out), out)).finished:
+            return run
         wanted, bank_is_checked = settled(wanted, out, progress, carry_out), True
     record = wanted.record(out)
     if not (out / "run.json").exists():
