@@ -34,10 +34,10 @@ from sbiplat.cli.output import (
     Set,
     Signals,
     counts,
-    warnings_in_a_line,
     say,
     show,
     warn,
+    warnings_in_a_line,
     write_draws,
     write_weighted,
 )
@@ -291,7 +291,7 @@ def sample(
         bool, typer.Option("--refuse-misspecified", help="Exit 4 and write nothing, where the observation is unlike the simulations.")
     ] = False,
     importance: Annotated[
-        bool, typer.Option("--importance", help="Add weights by the simulator's log_likelihood, which carry the draws to the exact posterior.")
+        bool, typer.Option("--importance", help="Add the weights, by the simulator's log_likelihood, that make the draws exact.")
     ] = False,
     simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance, where it is not installed.")] = None,
     embedding: Embedding = None,

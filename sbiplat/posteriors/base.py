@@ -22,7 +22,11 @@ Array = NDArray[np.float64]
 
 
 class Sampler(Protocol):
-    """The core behind a posterior: draws and densities over unconstrained z, for B observations at once."""
+    """The core behind a posterior: draws and densities over unconstrained z, for B observations at once.
+
+    It may also have `describe() -> list`, the steps that it is (see steps.py), and `sample_and_log_prob(x, n, seed)`, the density of z
+    together with auxiliary variables (see `importance.JointSampler`).
+    """
 
     def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
         """(B, n, D) draws; the same seed gives the same draws."""
@@ -166,8 +170,8 @@ class Posterior:
         self, x: Any, n: int, *, simulator: Any = None, log_likelihood: Any = None, prior: Prior | None = None,
         pinned: Mapping[str, float] | None = None, seed: int | None = None,
     ) -> Any:
-        """n draws with importance weights, a `Weighted`: towards the exact posterior, by the simulator's log_likelihood (or one given), under
-        another prior, or given some parameters, `pinned` by name. See `posteriors.importance`."""
+        """n draws with importance weights, a `Weighted`: towards the exact posterior, by the simulator's log_likelihood (or one given),
+        under another prior, or given some parameters, `pinned` by name. See `posteriors.importance`."""
         from sbiplat.posteriors.importance import importance
 
         return importance(self, x, n, simulator=simulator, log_likelihood=log_likelihood, prior=prior, pinned=pinned, seed=seed)

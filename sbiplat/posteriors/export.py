@@ -21,7 +21,8 @@ def to_arviz(prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64],
              log_weight: NDArray[np.float64] | None = None) -> Any:
     """InferenceData of draws theta, (n, D), or (B, n, D) for a batch of B observations: posterior, prior, observed_data.
 
-    log_weight: (n,) or (B, n) of importance, into a group sample_stats. One chain; in a batch every parameter has a third dimension `observation`. Units, seed and digests are attributes.
+    log_weight: (n,) or (B, n) of importance, into a group sample_stats. One chain; in a batch every parameter has a third dimension
+    `observation`. Units, seed and digests are attributes.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its own next version at every import

@@ -3,18 +3,19 @@ r"""Importance correction: draws of q(theta | x) with weights that carry them to
 .. math:: \log w = \log p(x \,|\, \theta) + \log p(\theta) - \log q(\theta \,|\, x), \qquad
           \hat Z = \frac1n \sum_i w_i, \qquad \mathrm{ESS} = \frac{(\sum_i w_i)^2}{\sum_i w_i^2},
 
-with the simulator's exact likelihood, so that :math:`\hat Z` is an unbiased estimate of the evidence p(x), with the relative standard error
-:math:`\sqrt{(n / \mathrm{ESS} - 1) / (n - 1)}`. All figures are of all draws: of a few they flatter, since the largest weights come late. The
-Pareto shape k-hat of the largest weights (Vehtari et al., 2024; ArviZ's `psislw`) says whether to believe them: above 0.7 not.
+with the simulator's exact likelihood, so that :math:`\hat Z` is an unbiased estimate of the evidence p(x), with the relative standard
+error :math:`\sqrt{(n / \mathrm{ESS} - 1) / (n - 1)}`. All figures are of all draws: of a few they flatter, since the largest weights come
+late. The Pareto shape k-hat of the largest weights (Vehtari et al., 2024; ArviZ's `psislw`) says whether to believe them: above 0.7 not.
 
-Without a likelihood, another prior p' is a ratio, :math:`\log w = \log p'(\theta) - \log p(\theta)`, and :math:`\hat Z` estimates p'(x) / p(x).
+Without a likelihood, another prior p' is a ratio, :math:`\log w = \log p'(\theta) - \log p(\theta)`; :math:`\hat Z` estimates p'(x) / p(x).
 
-Pinned parameters, theta_P = c, leave a density q(theta_F, c | x) of the others that no sampler draws from. So the draws are moved in z, by the
-regression on z_P, to :math:`z_F' = z_F + A (c_z - z_P)`, a shift of constant volume, and z_P is kept as an auxiliary variable with the target
-r(z_P), its own Gaussian: weights are exact for any A and r, which are taken from a pilot, and constant where q is Gaussian.
+Pinned parameters, theta_P = c, leave a density q(theta_F, c | x) of the others that no sampler draws from. So the draws are moved in z, by
+the regression on z_P, to :math:`z_F' = z_F + A (c_z - z_P)`, a shift of constant volume, and z_P is kept as an auxiliary variable with the
+target r(z_P), a Gaussian of 0.8 times its own variance, so that a Gaussian q has bounded weights, of efficiency 0.98 a pinned parameter.
+Weights are exact for any A and r, which are taken from a pilot; how good they are is seen by efficiency and k-hat.
 
-Where a sampler draws auxiliary variables v itself (the proxies of GNPE), :math:`\log w` has :math:`\log q(\theta, v | x)` and, in the target,
-their law :math:`\log K(v | \theta)`: see `JointSampler`.
+Where a sampler draws auxiliary variables v itself (the proxies of GNPE), :math:`\log w` has :math:`\log q(\theta, v | x)` and, in the
+target, their law :math:`\log K(v | \theta)`: see `JointSampler`.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ from sbiplat.simulator import Simulator, available, resolve
 Array = NDArray[np.float64]
 LogLikelihood = Callable[[Array, Any], ArrayLike]
 MOST_K_HAT = 0.7
+FIGURES = ("efficiency", "ess", "k_hat", "log_evidence", "log_evidence_error")
 LEAST_DRAWS = 100
 PILOT_DRAWS = 2000
 ROWS_A_CALL = 16_384  # of a user's log_likelihood
 RIDGE = 1e-6
+NARROWER = 0.8  # the variance of r by that of z_P
 _PILOT, _RESAMPLE = 0x9117, 0x2E5A
 Figure = Any  # float, or (B,) for a batch
 
@@ -67,8 +70,8 @@ class JointSampler(Protocol):
 class Weighted:
     """Draws with log weights: theta (n, D), log_weight (n,); of a batch of B observations (B, n, D) and (B, n).
 
-    Figures are floats, of a batch arrays (B,). prior: the one in force. chain: the steps by which the draws came about, as JSON. evidence_of:
-    what `log_evidence` is the logarithm of, in words.
+    Figures are floats, of a batch arrays (B,). prior: the one in force. chain: the steps by which the draws came about, as JSON.
+    evidence_of: what `log_evidence` is the logarithm of, in words.
     """
 
     posterior: Posterior
@@ -108,7 +111,7 @@ class Weighted:
 
     @property
     def k_hat(self) -> Figure:
-        """The Pareto shape of the largest weights; above 0.7 neither draws nor evidence are to be relied on. 0 where the largest are all alike."""
+        """The Pareto shape of the largest weights; above 0.7 neither draws nor evidence are to be relied on; 0 where these are alike."""
         return self._own(self._k_hat)
 
     @property
@@ -161,8 +164,9 @@ class Weighted:
     @property
     def facts(self) -> dict[str, Any]:
         """What is written into files of draws."""
-        figures = {f"importance_{name}": getattr(self, name) for name in ("efficiency", "ess", "k_hat", "log_evidence", "log_evidence_error")}
-        return {**self.posterior.facts, **self.provenance, **figures, "importance_evidence_of": self.evidence_of, "chain": in_words(self.chain)}
+        figures = {f"importance_{name}": getattr(self, name) for name in FIGURES}
+        return {**self.posterior.facts, **self.provenance, **figures, "importance_evidence_of": self.evidence_of,
+                "chain": in_words(self.chain)}
 
     def text(self) -> str:
         """The figures in a line; of a batch the worst."""
@@ -177,10 +181,10 @@ def importance(
 ) -> Weighted:
     """n draws of a posterior given x, one observation or a batch, with weights that carry them to a target.
 
-    simulator: whose `log_likelihood` the target has; or log_likelihood: `(theta (N, D), x) -> (N,)`, of one x in the user's form. prior: another
-    one of the same parameters. pinned: parameters by name that are held fixed; the target is then that of the others given them. Without a likelihood
-    the target is the posterior's own density, under the other prior, given what is pinned. Warns with `Unreliable` where k-hat is above 0.7. Raises
-    SettingError, SimulatorError, PriorError and ObservationError.
+    simulator: whose `log_likelihood` the target has; or log_likelihood: `(theta (N, D), x) -> (N,)`, of one x in the user's form. prior:
+    another one of the same parameters. pinned: parameters by name that are held fixed; the target is then that of the others given them.
+    Without a likelihood the target is the posterior's own density, under the other prior, given what is pinned. Warns with `Unreliable`
+    where k-hat is above 0.7. Raises SettingError, SimulatorError, PriorError and ObservationError.
     """
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < LEAST_DRAWS:
         raise SettingError(f"n must be a whole number of at least {LEAST_DRAWS}, of fewer weights nothing can be said; got {n!r}")
@@ -189,8 +193,8 @@ def importance(
     if simulator is not None:
         log_likelihood = likelihood_of(resolve(simulator), posterior)
     if log_likelihood is None and prior is None and not pinned:
-        raise SettingError("there is nothing to correct to: give the simulator, whose log_likelihood makes the weights, another prior, or pinned "
-                           "parameters")
+        raise SettingError("there is nothing to correct to: give the simulator, whose log_likelihood makes the weights, another prior, or "
+                           "pinned parameters")
     before = posterior.changed_prior or posterior.prior
     if prior is not None:
         posterior.require_within(prior)
@@ -218,10 +222,10 @@ def doubt(weighted: Weighted) -> Unreliable | None:
     bad = ~(k <= MOST_K_HAT)
     if not bad.any():
         return None
-    where = f" for {bad.sum()} of {len(k)} observations (at worst" if weighted.batched else " ("
-    return Unreliable(f"the importance weights are not to be relied on{where} k-hat = {k[bad].max():.2f}, above {MOST_K_HAT:g}; efficiency "
-                      f"{np.min(weighted.efficiency):.2g}): the posterior is too narrow somewhere, or far from the target; train longer or on "
-                      "more rows, or recalibrate")
+    where = f" for {bad.sum()} of {len(k)} observations (at worst " if weighted.batched else " ("
+    return Unreliable(f"the importance weights are not to be relied on{where}k-hat = {k[bad].max():.2f}, above {MOST_K_HAT:g}; efficiency "
+                      f"{np.min(weighted.efficiency):.2g}): the posterior is too narrow somewhere, or far from the target; train longer or "
+                      "on more rows, or recalibrate")
 
 
 def likelihood_of(simulator: Simulator, posterior: Posterior) -> LogLikelihood:
@@ -237,8 +241,8 @@ def likelihood_of(simulator: Simulator, posterior: Posterior) -> LogLikelihood:
 
 
 def simulator_of_run(run: Run, given: Simulator | str | None, command: str) -> Simulator:
-    """The simulator given, or the one registered here under the name in the run, if its source is still that of the bank: what a run names is
-    never run otherwise. command: what to type, for the message. Raises SimulatorError."""
+    """The simulator given, or the one registered here under the name in the run, if its source is still that of the bank: what a run
+    names is never run otherwise. command: what to type, for the message. Raises SimulatorError."""
     if given is not None:
         return resolve(given)
     recorded = run.record["bank"]["simulator"]
@@ -247,8 +251,8 @@ def simulator_of_run(run: Run, given: Simulator | str | None, command: str) -> S
         raise SimulatorError(f"no simulator is registered here as {name!r}; name it: {how}")
     made = resolve(name)
     if made.source_digest() != recorded["source_digest"]:
-        raise SimulatorError(f"the simulator registered here as {name!r} is not the one that made the bank, since its source differs; name the one "
-                             f"that did: {how}")
+        raise SimulatorError(f"the simulator registered here as {name!r} is not the one that made the bank, since its source differs; "
+                             f"name the one that did: {how}")
     return made
 
 
@@ -289,7 +293,8 @@ def _checked_pins(posterior: Posterior, prior: Prior, pinned: Mapping[str, float
     if len(pinned) == len(names):
         raise SettingError("pinned: every parameter is, and none is left to draw; leave one out")
     if not all(isinstance(p.law, Independent) for p in (posterior.prior, prior)):
-        raise SettingError("pinned parameters need a prior of independent parameters, and this one is joint; train on a bank whose prior is a dict")
+        raise SettingError("pinned parameters need a prior of independent parameters, and this one is joint; train on a bank whose prior "
+                           "is a dict of laws")
     places = [names.index(name) for name in pinned]
     values = np.array([float(v) for v in pinned.values()])
     centre = posterior.prior.constrain(np.zeros(len(names)))
@@ -344,8 +349,8 @@ class _Problem:
                 {"theta": _t(prior.constrain(c["z"].numpy()))}, _t(prior.log_abs_det_jacobian(c["z"].numpy()))))
             return [first, bijection, self._last(("theta",))]
         if self.joint:
-            raise SettingError("this posterior draws parameters together with proxies of their pose, which cannot be moved to pinned values; pin "
-                               "parameters of a run without symmetry")
+            raise SettingError("this posterior draws parameters together with proxies of their pose, which cannot be moved to pinned "
+                               "values; pin parameters of a run without symmetry")
         return [first, *self._pinned(self.pins), self._last(("theta", "z_auxiliary"))]
 
     def _draw(self, x: Any, columns: Columns, n: int, generator: Generator) -> tuple[Columns, Tensor | None]:
@@ -359,7 +364,8 @@ class _Problem:
         try:
             return {"z": _t(z)}, _t(self.posterior.unconstrained_log_prob(z, self.fields))
         except NotImplementedError:
-            raise SettingError("this posterior has no density, by which its draws could be corrected; only a change of the prior needs none") from None
+            raise SettingError("this posterior has no density, by which its draws could be corrected; only a change of the prior needs "
+                               "none") from None
 
     def _pinned(self, pins: _Pins) -> list[Step]:
         """The shift by regression, the constants, and theta of both."""
@@ -381,12 +387,14 @@ class _Problem:
             return {"theta": both[..., np.argsort([*pins.free, *pins.places]).tolist()]}
 
         labels = {self.posterior.prior.names[k]: v for k, v in zip(pins.places, pins.theta, strict=True)}
-        return [Reparametrisation("regression", ("z",), ("z_free", "z_auxiliary"), shift), Pinned("pinned", {"pinned": _t(pins.theta)}, labels),
-                Reparametrisation("prior", ("z_free",), ("free",), constrain), Derived("all parameters", ("free", "pinned"), ("theta",), joined)]
+        return [Reparametrisation("regression", ("z",), ("z_free", "z_auxiliary"), shift),
+                Pinned("pinned", {"pinned": _t(pins.theta)}, labels),
+                Reparametrisation("prior", ("z_free",), ("free",), constrain),
+                Derived("all parameters", ("free", "pinned"), ("theta",), joined)]
 
     @cached_property
     def _pilot(self) -> tuple[Tensor, Array, Array]:
-        """Of other draws: the slopes of z_F in z_P, (B, P, F), and mean (B, P) and covariance (B, P, P) of z_P."""
+        """Of other draws: the slopes of z_F in z_P, (B, P, F), and mean (B, P) and covariance (B, P, P) of r."""
         assert self.pins is not None
         own = int(np.random.SeedSequence(self.seed, spawn_key=(_PILOT,)).generate_state(1)[0])
         z = self.posterior.unconstrained_sample(self.fields, PILOT_DRAWS, own)
@@ -396,7 +404,7 @@ class _Problem:
         covariance = np.swapaxes(centred, 1, 2) @ centred / (PILOT_DRAWS - 1)
         covariance += RIDGE * np.eye(len(self.pins.places)) * np.trace(covariance, axis1=1, axis2=2)[:, None, None]
         cross = np.swapaxes(centred, 1, 2) @ (others - others.mean(1, keepdims=True)) / (PILOT_DRAWS - 1)
-        return _t(np.linalg.solve(covariance, cross)), mean, covariance
+        return _t(np.linalg.solve(covariance, cross)), mean, NARROWER * covariance
 
     def _last(self, needs: tuple[str, ...]) -> Step:
         if self.tilted:
@@ -444,14 +452,16 @@ class _Problem:
             found = np.asarray(self.log_likelihood(theta.copy(), given), float)
         except (Exception, SystemExit) as error:  # the user's own code: anything may come
             text = (str(error).splitlines() or [""])[0]
-            raise SimulatorError(f"log_likelihood raised {type(error).__name__}: {text[:200]}; it takes theta of shape {theta.shape} and one x") from error
+            raise SimulatorError(f"log_likelihood raised {type(error).__name__}: {text[:200]}; it takes theta of shape {theta.shape} and "
+                                 "one x") from error
         if found.shape != (len(theta),):
-            raise SimulatorError(f"log_likelihood gave an array of shape {found.shape} for theta of shape {theta.shape}; expected ({len(theta)},)")
+            raise SimulatorError(f"log_likelihood gave an array of shape {found.shape} for theta of shape {theta.shape}; expected "
+                                 f"({len(theta)},)")
         bad = np.flatnonzero(np.isnan(found) | (found == np.inf))
         if bad.size:
             at = ", ".join(f"{name} = {v:.6g}" for name, v in zip(self.posterior.prior.names, theta[bad[0]], strict=True))
-            raise SimulatorError(f"log_likelihood is {found[bad[0]]} for {bad.size} of {len(theta)} draws, first at {at}; it must be a number, or "
-                                 "-inf where x is impossible")
+            raise SimulatorError(f"log_likelihood is {found[bad[0]]} for {bad.size} of {len(theta)} draws, first at {at}; it must be a "
+                                 "number, or -inf where x is impossible")
         return found
 
 

@@ -14,8 +14,8 @@ follows it may draw and reparametrise, but not be corrected to a target before a
     GNPE                       Factor(pose), Gibbs[Factor(proxy | pose), Factor(u | proxy), Reparametrisation(u -> theta), Derived(pose)]
     with density recovery      ..., Recovery(proxy), Factor(u | proxy), Reparametrisation(u -> theta)
 
-A chain is checked when it is built, and describes itself as JSON for certificates and files of draws. The idea of checked chains, and of density
-recovery, is dingo's (Dax et al., 2023).
+A chain is checked when it is built, and describes itself as JSON for certificates and files of draws. The idea of checked chains, and of
+density recovery, is dingo's (Dax et al., 2023).
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class State:
-    """Draws on their way. columns: those over which log_q, (B, n), is the density (and what is derived of them); log_q: None where there is no
-    density. log_weight: (B, n). weighted: whether any step has set weights. figures: what steps measured, by the step's name."""
+    """Draws on their way. columns: those over which log_q, (B, n), is the density, and what is derived of them; log_q is None where
+    there is no density. log_weight: (B, n). figures: what steps measured, by the step's name."""
 
     columns: Columns
     log_q: Tensor | None
     log_weight: Tensor
-    weighted: bool = False
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -91,7 +90,8 @@ class Factor:
     def run(self, state: State, x: Any, n: int, generator: Generator) -> State:
         new, log_q = self.draw(x, state.columns, n, generator)
         if (log_q is None) == self.density:
-            raise SettingError(f"step {self.name!r} gave {'no' if log_q is None else 'a'} density: set density={not self.density} where it is made")
+            raise SettingError(f"step {self.name!r} gave {'no' if log_q is None else 'a'} density: set density={not self.density} where it "
+                               "is made")
         known = state.log_q is not None and log_q is not None
         return replace(state, columns={**state.columns, **_given(self, new, state, n)},
                        log_q=state.log_q + log_q if known else None)  # type: ignore[operator]
@@ -190,7 +190,7 @@ class Target:
 
     def run(self, state: State, x: Any, n: int, generator: Generator) -> State:
         assert state.log_q is not None  # as the chain has checked
-        return replace(state, log_weight=state.log_weight + self.log_target(x, state.columns) - state.log_q, weighted=True)
+        return replace(state, log_weight=state.log_weight + self.log_target(x, state.columns) - state.log_q)
 
     def describe(self) -> Json:
         return _described(self, **self.about)
@@ -198,7 +198,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Tilt:
-    """Adds a log ratio of target to proposal to the log weights, such as log p'(theta) - log p(theta) of another prior; it needs no log q."""
+    """Adds a log ratio to the log weights, such as log p'(theta) - log p(theta) of another prior; it needs no log q."""
 
     kind: ClassVar[str] = "tilt"
     name: str
@@ -209,7 +209,7 @@ class Tilt:
     gives: ClassVar[tuple[str, ...]] = ()
 
     def run(self, state: State, x: Any, n: int, generator: Generator) -> State:
-        return replace(state, log_weight=state.log_weight + self.log_ratio(x, state.columns), weighted=True)
+        return replace(state, log_weight=state.log_weight + self.log_ratio(x, state.columns))
 
     def describe(self) -> Json:
         return _described(self, **self.about)
@@ -346,7 +346,7 @@ class Chain:
 
     def _check(self) -> None:
         here, made, names = dict.fromkeys(self.given), set(self.given) - set(self.renews), set[str]()
-        density, weighted, targeted = True, False, ""
+        density, weighted = True, ""
         if not self.steps:
             raise SettingError("a chain needs at least one step, such as a Factor that draws a column")
         for step in self.steps:
@@ -371,14 +371,14 @@ class Chain:
             if len(set(step.gives)) != len(step.gives):
                 raise SettingError(f"{name} gives a column twice; name it once")
             if step.kind == "target" and not density:
-                raise SettingError(f"{name} needs the density of the draws, and a step before it has none; put a Recovery between them, and "
-                                   "draw the rest from it again")
+                raise SettingError(f"{name} needs the density of the draws, and a step before it has none; put a Recovery between them, "
+                                   "and draw the rest from it again")
             if step.kind == "target" and weighted:
-                raise SettingError(f"{name} comes after weights were set{f' by {targeted!r}' if targeted else ''}; make one target of both")
+                raise SettingError(f"{name} comes after weights were set by {weighted!r}; make one target of both")
             if step.kind in ("gibbs", "recovery") and weighted:
-                raise SettingError(f"{name} would move weighted draws; put it before step {targeted!r}")
+                raise SettingError(f"{name} would move weighted draws; put it before step {weighted!r}")
             if step.kind in ("target", "tilt"):
-                weighted, targeted = True, targeted or step.name
+                weighted = weighted or step.name
             if step.kind == "gibbs" or not getattr(step, "density", True):
                 density = False
             here = {**{c: None for c in here if c not in step.takes}, **dict.fromkeys(step.gives)}
@@ -419,7 +419,9 @@ class Chain:
             for step in self.steps:
                 known |= set(_reached(step, known))
         lost = [c for s in self.steps for c in (*s.gives, *s.needs) if c not in known]
-        return f"column {lost[0]!r} cannot be had back from {', '.join(self.columns)}: give its reparametrisation an inverse" if lost else ""
+        if lost:
+            return f"column {lost[0]!r} cannot be had back from {', '.join(self.columns)}: give its reparametrisation an inverse"
+        return ""
 
     def log_prob(self, x: Mapping[str, Any], columns: Columns) -> Tensor:
         """log q of columns at the end of the chain, (B, n); those that are derived or pinned need not be given. Raises SettingError."""
