@@ -48,6 +48,7 @@ from sbiplat.simulator import Simulator, available, resolve
 Array = NDArray[np.float64]
 LogLikelihood = Callable[[Array, Any], ArrayLike]
 MOST_K_HAT = 0.7
+HARMLESS = 2.0  # k-hat has no scale: where no weight is above so many times the mean, its tail carries nothing
 FIGURES = ("efficiency", "ess", "k_hat", "log_evidence", "log_evidence_error")
 LEAST_DRAWS = 100
 PILOT_DRAWS = 2000
@@ -111,7 +112,8 @@ class Weighted:
 
     @property
     def k_hat(self) -> Figure:
-        """The Pareto shape of the largest weights; above 0.7 neither draws nor evidence are to be relied on; 0 where these are alike."""
+        """The Pareto shape of the largest weights, 0 where these are all alike; above 0.7 neither draws nor evidence are to be relied on,
+        unless no weight is above twice the mean: the shape has no scale."""
         return self._own(self._k_hat)
 
     @property
@@ -184,7 +186,7 @@ def importance(
     simulator: whose `log_likelihood` the target has; or log_likelihood: `(theta (N, D), x) -> (N,)`, of one x in the user's form. prior:
     another one of the same parameters. pinned: parameters by name that are held fixed; the target is then that of the others given them.
     Without a likelihood the target is the posterior's own density, under the other prior, given what is pinned. Warns with `Unreliable`
-    where k-hat is above 0.7. Raises SettingError, SimulatorError, PriorError and ObservationError.
+    (see `doubt`). Raises SettingError, SimulatorError, PriorError and ObservationError.
     """
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < LEAST_DRAWS:
         raise SettingError(f"n must be a whole number of at least {LEAST_DRAWS}, of fewer weights nothing can be said; got {n!r}")
@@ -217,9 +219,10 @@ def importance(
 
 
 def doubt(weighted: Weighted) -> Unreliable | None:
-    """The warning where k-hat is above 0.7."""
+    """The warning where k-hat is above 0.7, unless no weight is above twice the mean."""
     k = np.atleast_1d(weighted.k_hat)
-    bad = ~(k <= MOST_K_HAT)
+    tops = np.atleast_2d(weighted.weights).max(1) * weighted.draws.shape[1]
+    bad = ~(k <= MOST_K_HAT) & (tops > HARMLESS)
     if not bad.any():
         return None
     where = f" for {bad.sum()} of {len(k)} observations (at worst " if weighted.batched else " ("

@@ -20,7 +20,7 @@ density recovery, is dingo's (Dax et al., 2023).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -338,6 +338,8 @@ class Chain:
     steps: tuple[Step, ...]
     given: tuple[str, ...] = ()
     renews: tuple[str, ...] = ()
+    columns: tuple[str, ...] = field(init=False, compare=False)  # that are there at its end
+    density: bool = field(init=False, compare=False)  # whether its draws come with log q
 
     def __init__(self, steps: Sequence[Step], given: tuple[str, ...] = (), renews: tuple[str, ...] = ()) -> None:
         for name, value in (("steps", tuple(steps)), ("given", tuple(given)), ("renews", tuple(renews))):
@@ -356,11 +358,8 @@ class Chain:
             names.add(step.name)
             for column in step.needs:
                 if column not in here:
-                    gone = next((s.name for s in self.steps if column in s.takes and s is not step), None) if column in made else None
-                    giver = next((s.name for s in self.steps if column in s.gives), None)
-                    mend = f"step {gone!r} has taken it: put {step.name!r} before" if gone else \
-                        f"put {giver!r}, which gives it, before" if giver else "add a Factor that gives it"
-                    raise SettingError(f"{name} needs column {column!r}, and there are {', '.join(here) or 'none'}; {mend}")
+                    raise SettingError(f"{name} needs column {column!r}, and there are {', '.join(here) or 'none'}; "
+                                       f"{self._mend_of(column, step, column in made)}")
             if step.kind == "recovery":
                 here, made, density = {}, set(), True
             elif step.kind == "gibbs":
@@ -375,6 +374,9 @@ class Chain:
                                    "and draw the rest from it again")
             if step.kind == "target" and weighted:
                 raise SettingError(f"{name} comes after weights were set by {weighted!r}; make one target of both")
+            if step.kind == "target" and (left := self._left_out(step, here)):
+                raise SettingError(f"{name} says nothing of column {left!r}, and log q is the density of that too; include its law, such as "
+                                   "log p(proxy | theta), and name it in needs")
             if step.kind in ("gibbs", "recovery") and weighted:
                 raise SettingError(f"{name} would move weighted draws; put it before step {weighted!r}")
             if step.kind in ("target", "tilt"):
@@ -388,8 +390,22 @@ class Chain:
         object.__setattr__(self, "columns", tuple(here))
         object.__setattr__(self, "density", density)
 
-    columns: tuple[str, ...] = field(init=False, compare=False)  # that are there at its end
-    density: bool = field(init=False, compare=False)  # whether its draws come with log q
+    def _mend_of(self, column: str, step: Step, was_there: bool) -> str:
+        """What to do about a column that a step lacks."""
+        gone = next((s.name for s in self.steps if column in s.takes and s is not step), None)
+        giver = next((s.name for s in self.steps if column in s.gives), None)
+        if was_there and gone is not None:
+            return f"step {gone!r} has taken it: put {step.name!r} before"
+        return f"put {giver!r}, which gives it, before" if giver is not None else "add a Factor that gives it"
+
+    def _left_out(self, target: Step, here: Iterable[str]) -> str:
+        """A column of which log q is the density, and that a target does not name, nor anything derived from it; "" where there is none."""
+        covered = set(target.needs)
+        for step in reversed(self.steps):
+            if step.kind == "derived" and covered & set(step.gives):
+                covered.update(step.needs)
+        free = {c for s in self.steps if s.kind not in ("derived", "pinned") for c in s.gives} | set(self.given)
+        return next((c for c in here if c in free and c not in covered), "")
 
     def sample(self, x: Mapping[str, Any], n: int, seed: int, columns: Columns | None = None, device: str = "cpu") -> State:
         """n draws for each of the B observations x, name -> (B, ...); columns: those `given`. The same seed gives the same draws."""

@@ -96,6 +96,37 @@ def test_a_posterior_that_is_too_narrow_is_told_by_k_hat_and_one_that_is_not_is_
         posterior(0.3).importance(BATCH, 10_000, log_likelihood=log_likelihood, seed=0)
 
 
+def test_weights_that_are_all_but_equal_give_no_alarm_whatever_their_shape(recwarn):
+    """k-hat has no scale: of weights that differ by a thousandth it may be above 1."""
+    noise = np.random.default_rng(0).standard_t(0.7, 2000)
+
+    def nearly(theta, x):
+        return log_likelihood(theta, x) + np.clip(1e-4 * np.abs(noise), 0, 0.5)
+
+    made = posterior().importance(X, 2000, log_likelihood=nearly, seed=0)
+    assert made.k_hat > 0.7
+    assert made.efficiency > 0.99
+    assert not [w for w in recwarn if w.category is Unreliable]
+
+
+def test_of_sets_of_observations_the_likelihoods_multiply():
+    """Three observations of one theta, drawn from a posterior that knows only the first."""
+    class OfFirst(Gaussian):
+        def sample(self, x, n, seed):
+            return super().sample({"x": x["x"][:, 0]}, n, seed)
+
+        def log_prob(self, z, x):
+            return super().log_prob(z, {"x": x["x"][:, 0]})
+
+    three = np.array([[0.7, -1.2], [0.3, -0.8], [0.9, -0.6]])
+    made = Posterior(PRIOR, ObservationSpec.declare((3, 2), "float64"), OfFirst(1.1), {"certified": "yes"}, set_size=3).importance(
+        three, 40_000, log_likelihood=log_likelihood, seed=0)
+    joint = np.kron(np.ones((3, 3)), np.eye(2)) + np.kron(np.eye(3), COV)
+    assert made.log_evidence == pytest.approx(stats.multivariate_normal(np.zeros(6), joint).logpdf(three.ravel()), abs=4 * made.log_evidence_error)
+    cov = np.linalg.inv(np.eye(2) + 3 * np.linalg.inv(COV))
+    np.testing.assert_allclose(made.weights @ made.theta, cov @ np.linalg.inv(COV) @ three.sum(0), atol=5 * math.sqrt(cov.max() / made.ess))
+
+
 def test_efficiency_of_a_pilot_flatters_where_weights_are_heavy():
     """Why figures are of all draws (field notes): with k near 0.8 the mean efficiency of 200 draws is far above that of 20,000."""
     z = 0.45 * np.random.default_rng(0).standard_normal((40, 20_000))

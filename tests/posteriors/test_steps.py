@@ -211,6 +211,7 @@ TARGET = Target("exact", ("theta",), lambda x, c: c["theta"][..., 0])
     ([anything("a", ("z", "z"))], "gives a column twice"),
     ([anything("a", ("theta",), density=False), TARGET], r"step 'exact' \(target\) needs the density .*; put a Recovery between them"),
     ([*location(Recorded(1)), TARGET], r"step 'exact' \(target\) needs the density .*; put a Recovery between them"),
+    ([anything("a", ("proxy",)), main(), shift(), TARGET], r"'exact' \(target\) says nothing of column 'proxy', .*include its law"),
     ([anything("a", ("theta",)), TARGET, Target("again", ("theta",), TARGET.log_target)], "after weights were set by 'exact'; make one target"),
     ([anything("a", ("pose",)), Tilt("t", ("pose",), TARGET.log_target), location(Recorded(1))[1]], "would move weighted draws; put it before step 't'"),
     ([anything("a", ("pose",)), Gibbs("g", ("pose",), (anything("k", ("y",), ("pose",)),), Recorded(1))], "renews column 'pose', which none of its steps gives"),
