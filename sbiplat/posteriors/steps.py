@@ -375,7 +375,7 @@ class Chain:
             if step.kind == "target" and weighted:
                 raise SettingError(f"{name} comes after weights were set by {weighted!r}; make one target of both")
             if step.kind == "target" and (left := self._left_out(step, here)):
-                raise SettingError(f"{name} says nothing of column {left!r}, and log q is the density of that too; include its law, such as "
+                raise SettingError(f"{name} says nothing of column {left!r}, and log q is the density of that too; include its law, as "
                                    "log p(proxy | theta), and name it in needs")
             if step.kind in ("gibbs", "recovery") and weighted:
                 raise SettingError(f"{name} would move weighted draws; put it before step {weighted!r}")
