@@ -298,7 +298,6 @@ def sample(
     as_json: Json = False,
 ) -> None:
     """Draw from a certified posterior; exit 4 if it is not certified. An observation that is unlike the simulations is warned of."""
-    from sbiplat.errors import SettingError
     from sbiplat.gate.door import load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.export import check_target
@@ -307,7 +306,6 @@ def sample(
 
     if simulator is not None and not importance:
         raise SettingError("--simulator is for --importance: give both, or leave it away")
-
     check_target(out)
     opened = Run.open(run)
     posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding)
