@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sbiplat import symmetry
     from sbiplat.bank.bank import Bank
     from sbiplat.bank.fill import simulate
     from sbiplat.command import command_simulator
@@ -78,18 +79,21 @@ __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
     "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "attack",
     "command_simulator", "from_sbi", "gate", "learning_curve", "load", "local_c2st", "nearest", "pairs", "predictive_check",
-    "predictive_coverage", "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune", "verify",
+    "predictive_coverage", "read_observation", "recalibrate", "report", "simulate", "simulator", "symmetry", "train",
+    "tune", "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "symmetry":
+        return import_module("sbiplat.symmetry")
     if name not in _HOME:
         raise AttributeError(f"module 'sbiplat' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "symmetry"})
 
 
 class _Package(ModuleType):
