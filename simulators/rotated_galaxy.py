@@ -6,9 +6,9 @@ space and has next to nothing at the Nyquist frequency of the pixels. On the tor
 .. math:: s(p) = \frac{F}{33^2} \sum_k \big(1 + (k^T C k)\big)^{-3/2} \, e^{-b^2 |k|^2 / 2} \, e^{i k \cdot (p - c)}, \qquad
           C = r^2 R_a \begin{pmatrix} 1 & 0 \\ 0 & q^2 \end{pmatrix} R_a^T, \qquad x = s + \epsilon,
 
-with white noise :math:`\epsilon`. Motions of the image plane, SE(2), act: g = (phi, t) sends a point p to :math:`R_\phi p + t`, the centre c
-too, and the angle a to a + phi. An ellipse is its own image under a half turn, so a lies on a circle of circumference pi, and the pose is known up
-to a half turn about its own centre. `Motion` holds to that: it is also an example of an action of one's own.
+with white noise :math:`\epsilon`. Motions of the image plane, SE(2), act: g = (phi, t) sends a point p to :math:`R_\phi p + t`, the
+centre c too, and the angle a to a + phi. An ellipse is its own image under a half turn, so a lies on a circle of circumference pi, and the
+pose is known up to a half turn about its own centre. `Motion` holds to that: it is also an example of an action of one's own.
 
 The posterior is explored in the prior's normal coordinates, the angle as it is, on the half turn around its best value.
 """
@@ -26,7 +26,7 @@ from sbiplat.lazy import Lazy
 from sbiplat.prior import LogNormal, Normal, Prior, Uniform, standard_normal_log_prob
 from sbiplat.simulator import simulator
 from sbiplat.symmetry import GroupAction
-from simulators.reference import Mode, Reference, modes
+from simulators.reference import Mode, Reference, clear, finite, modes
 
 if TYPE_CHECKING:
     import torch
@@ -199,7 +199,7 @@ def rough_fits(x: np.ndarray, most: int = 3) -> np.ndarray:
 
 def reference(x: np.ndarray, rng: np.random.Generator) -> Reference:
     """The exact posterior of (angle, z of the others): the density is over the angle itself, within a half turn around the best mode."""
-    x = np.asarray(x, float)
+    x = finite(x, "rotated_galaxy")
 
     def parameters(v: np.ndarray) -> np.ndarray:
         return np.concatenate([v[:, :1], _others.constrain(v[:, 1:])], -1)
@@ -209,7 +209,7 @@ def reference(x: np.ndarray, rng: np.random.Generator) -> Reference:
 
     starts = rough_fits(x)
     starts = np.concatenate([starts[:, :1], _others.unconstrain(starts[:, 1:])], -1)
-    best = modes(residuals, starts)
+    best = clear(modes(residuals, starts), x, NOISE, "rotated_galaxy")
     middle = best[0].z[0]
     near = [Mode(np.append(middle + _nearest(m.z[0] - middle), m.z[1:]), m.covariance, m.log_density) for m in best]
 
