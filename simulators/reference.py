@@ -9,7 +9,7 @@ draws :math:`z_i \sim q` with weights :math:`w_i = \pi(z_i) / q(z_i)`, component
 
 which lowers KL(pi || q) in each step (Cappé et al., Adaptive importance sampling in general mixture classes, 2008). Draws are then kept
 with probability :math:`\min(w / M, 1)`: they are independent, and follow :math:`\min(w, M) q` in place of :math:`w q`. M is the least
-bound whose excess, :math:`\sum (w - M)_+ / \sum w` over a pool of 20,000 draws, is at most 0.001: so far in total variation is the law
+bound whose excess, :math:`\sum (w - M)_+ / \sum w` over a pool of 20,000 draws, is at most 0.002: so far in total variation is the law
 of the draws from pi.
 """
 
@@ -32,11 +32,12 @@ LogDensity = Callable[[Array], Array]  # (N, D) -> (N,), -inf where it vanishes
 FREEDOM = 6.0
 COPIES = 4  # components a mode, so that bent and skewed modes are covered
 ROUNDS, ROUND = 6, 3000
+MOST = 50_000  # proposals at once
 CHUNK = 1000  # densities at once, so that what they need stays in the cache
 TWIN_SHARE, TWIN_WIDTH = 0.15, 1.7  # of a wider twin that each component gets in the end, which bounds the weights in the tails
 POOL = 20_000  # draws behind the greatest weight and the evidence
-EXCESS = 1e-3  # of the weights beyond the bound of rejection
-LEAST_EFFICIENCY = 0.01
+EXCESS = 2e-3  # of the weights beyond the bound of rejection
+LEAST_EFFECTIVE = 0.05  # effective sample size of the pool over its size
 WITHIN = 25.0  # nats below the best mode: a mode that holds less than e^-25 is left out
 CLEAR = 25.0  # nats by which the best mode must beat no signal at all: below, there may be modes that no start leads to
 APART = 3.0  # standard deviations between modes that count as two
@@ -103,15 +104,16 @@ class Reference:
         self.log_evidence = float(logsumexp(weights) - np.log(POOL))
         self._log_bound = _bound(weights)
         self.efficiency = float(np.exp(np.minimum(weights, self._log_bound) - self._log_bound).mean())
-        if not self.efficiency > LEAST_EFFICIENCY:
-            raise ObservationError(f"{name}: the reference sampler does not cover the posterior of this x (it keeps {self.efficiency:.1g} "
-                                   f"of its draws, {LEAST_EFFICIENCY:g} at least); take an x that the simulator gave")
+        effective = float(np.exp(2 * logsumexp(weights) - logsumexp(2 * weights)) / POOL)
+        if not effective > LEAST_EFFECTIVE:
+            raise ObservationError(f"{name}: the reference sampler does not cover the posterior of this x (effective sample size "
+                                   f"{effective:.1%} of its draws, {LEAST_EFFECTIVE:.0%} at least); take an x that the simulator gave")
 
     def sample(self, n: int, rng: np.random.Generator) -> Array:
         """n independent draws (n, D)."""
         kept, count = [], 0
         while count < n:
-            z = self._propose(int(1.1 * (n - count) / self.efficiency) + 100, rng)
+            z = self._propose(min(int(1.1 * (n - count) / self.efficiency) + 100, MOST), rng)
             kept.append(z[np.log(rng.random(len(z))) < self._log_weights(z) - self._log_bound])
             count += len(kept[-1])
         return np.concatenate(kept)[:n]

@@ -309,7 +309,7 @@ def test_a_reference_refuses_an_x_without_a_signal(name, rng):
         PROBLEMS[name].posterior_sampler(x, 10, rng)
 
 
-def ranks(name, rng, pairs=200, draws=99, narrower=0.6):
+def ranks(name, rng, pairs=150, draws=99, narrower=0.6):
     """Ranks (2, pairs, D) of the truth among the draws, and among draws that are drawn together by that factor."""
     simulator = PROBLEMS[name]
     theta = simulator.prior.sample(rng, pairs)
