@@ -23,7 +23,7 @@ from scipy.ndimage import maximum_filter
 from sbiplat.prior import Prior, Uniform, standard_normal_log_prob
 from sbiplat.simulator import simulator
 from sbiplat.symmetry import TimeShift
-from simulators.reference import Reference, modes
+from simulators.reference import Reference, clear, finite, modes
 
 SAMPLES = 201
 SPACING = 0.1  # s
@@ -73,7 +73,7 @@ def rough_fits(x: np.ndarray, most: int = 6) -> np.ndarray:
 
 def reference(x: np.ndarray, rng: np.random.Generator) -> Reference:
     """The exact posterior of z, the prior's normal coordinates."""
-    x = np.asarray(x, float)
+    x = finite(x, "damped_oscillator")
 
     def residuals(z: np.ndarray) -> np.ndarray:
         return np.append((signal(prior.constrain(z[None]))[0] - x) / NOISE, z)
@@ -81,7 +81,8 @@ def reference(x: np.ndarray, rng: np.random.Generator) -> Reference:
     def log_density(z: np.ndarray) -> np.ndarray:
         return log_likelihood(prior.constrain(z), x) + standard_normal_log_prob(z).sum(-1)
 
-    return Reference(log_density, modes(residuals, prior.unconstrain(rough_fits(x))), rng, "damped_oscillator")
+    found = clear(modes(residuals, prior.unconstrain(rough_fits(x))), x, NOISE, "damped_oscillator")
+    return Reference(log_density, found, rng, "damped_oscillator")
 
 
 def posterior_sampler(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
