@@ -16,6 +16,10 @@ class SimulatorError(UserError):
     """A simulator that breaks its contract, or a name under which none is registered."""
 
 
+class SymmetryError(UserError):
+    """A group action that is none, or that the simulator does not have as declared."""
+
+
 class BankError(UserError):
     """A bank that is missing, damaged, or of another simulator, prior or seed."""
 

@@ -2,6 +2,7 @@
 
 from sbiplat.symmetry.action import GroupAction
 from sbiplat.symmetry.product import Product
+from sbiplat.symmetry.shift import SpectrumShift, TimeShift
 from sbiplat.symmetry.translation import Translation
 
-__all__ = ["GroupAction", "Product", "Translation"]
+__all__ = ["GroupAction", "Product", "SpectrumShift", "TimeShift", "Translation"]
