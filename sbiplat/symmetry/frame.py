@@ -145,8 +145,8 @@ class Frame:
     # ------------------------------------------------------------------------------------------- how far it is exact
 
     def slope_of_prior(self, z: Tensor, generator: torch.Generator) -> tuple[float, float]:
-        """How far the prior is from flat over the kernel, of rows z (N, D): the root mean square of log p(h theta) |det| / p(theta) over moves h
-        of the kernel that stay in the support, and the share of moves that leave it."""
+        """How far the prior is from flat over the kernel, of rows z (N, D): the root mean square of log p(h theta) |det| / p(theta)
+        over moves h of the kernel that stay in the support, and the share of moves that leave it."""
         theta = self.parameters(z)
         if not self._moved:
             return 0.0, 0.0
@@ -182,3 +182,17 @@ def widths_of(action: GroupAction, given: Mapping[str, Any]) -> dict[str, float]
         if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < float("inf"):
             raise SettingError(f"kernel width of {name} = {width!r}: expected a number above 0, in the coordinate's own unit")
     return {k: float(v) for k, v in given.items()}
+
+
+def centred(action: GroupAction, poses: Tensor) -> tuple[Tensor, Tensor]:
+    """The centre (B, S) of poses (B, n, S), and their tangent coordinates from it, (B, n, P)."""
+    batch, n = poses.shape[:2]
+
+    def seen(centre: Tensor) -> Tensor:
+        back = action.inverse(centre)[:, None].expand(batch, n, -1)
+        return action.log(action.compose(back.flatten(0, 1), poses.flatten(0, 1))).unflatten(0, (batch, n))
+
+    centre = poses[:, 0]
+    for _ in range(2):
+        centre = action.compose(centre, action.exp(seen(centre).median(1).values))
+    return centre, seen(centre)
