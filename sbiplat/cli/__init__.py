@@ -337,7 +337,8 @@ def sample(
     importance: Annotated[
         bool, typer.Option("--importance", help="Add the weights, by the simulator's log_likelihood, that make the draws exact.")
     ] = False,
-    simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance, where it is not installed.")] = None,
+    simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance or a symmetry of your own, if it is not "
+                                                  "installed.")] = None,
     embedding: Embedding = None,
     as_json: Json = False,
 ) -> None:
@@ -348,11 +349,10 @@ def sample(
     from sbiplat.posteriors.importance import likelihood_of, simulator_of_run
     from sbiplat.runs import Run
 
-    if simulator is not None and not importance:
-        raise SettingError("--simulator is for --importance: give both, or leave it away")
     check_target(out)
     opened = Run.open(run)
-    posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding)
+    posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding,
+                     simulator=simulator)
     if posterior.provenance["certified"] == "no":
         warn(f"uncertified: {posterior.provenance['refusal']}")
     if posterior.provenance.get("own_thresholds"):

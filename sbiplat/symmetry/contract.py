@@ -16,7 +16,6 @@ along the median itself and its slope, which is where a slightly wrong scale or 
 
 from __future__ import annotations
 
-import difflib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +34,7 @@ from sbiplat.observation import Fields, ObservationSpec
 from sbiplat.prior import Prior
 from sbiplat.simulator import Simulator
 from sbiplat.symmetry.action import GroupAction
+from sbiplat.symmetry.frame import check_names, name_of
 from sbiplat.symmetry.names import resolve_action
 
 LEVEL = 0.001  # of the two-sample test: so often an action that is exact is refused
@@ -84,26 +84,11 @@ def check_algebra(action: GroupAction, prior: Prior, spec: ObservationSpec, seed
     """
     if not isinstance(action, GroupAction):
         raise SymmetryError(f"symmetry = {action!r}: expected a GroupAction")
-    _check_names(action, prior)
+    check_names(action, prior)
     generator = torch.Generator().manual_seed(seed)
     rows = _Rows(action, prior, seed)
     figures = {**_group_laws(action, rows), **_laws_on_theta(action, rows, generator), **_laws_of_coordinates(action, rows, generator)}
     return {**figures, **_laws_on_data(action, rows, _data(spec, x, rows.count, generator))}
-
-
-def _check_names(action: GroupAction, prior: Prior) -> None:
-    for name in action.parameters:
-        if name not in prior.names:
-            near = difflib.get_close_matches(name, prior.names, 3, 0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(prior.names)}"
-            raise SymmetryError(f"{_name(action)}: the prior has no parameter {name!r}; {hint}")
-    if action.parameters and "independent" not in prior.to_json():
-        raise SymmetryError(f"{_name(action)}: an action needs a prior of independent parameters, and this one is a joint law")
-    moved = [p for f in action.factors if f.moves for p in f.parameters]
-    if twice := next((p for p in moved if moved.count(p) > 1), None):
-        raise SymmetryError(f"{_name(action)}: two factors move the parameter {twice!r}; at most one may")
-    if len(set(action.coordinates)) < len(action.coordinates):
-        raise SymmetryError(f"{_name(action)}: coordinates {', '.join(action.coordinates)} are not all different")
 
 
 class _Rows:
@@ -203,8 +188,8 @@ def _independence(action: GroupAction, rows: _Rows) -> dict[str, float]:
             if j != i:
                 error = _apart(other, there[j], here[j], scales[j])
                 if not error <= ROUNDING:
-                    raise SymmetryError(f"{_name(action)}: the pose of {_name(other)} changes by {error:.2g} of its spread when "
-                                        f"{_name(mover)} acts; factors of a product must leave each other's poses")
+                    raise SymmetryError(f"{name_of(action)}: the pose of {name_of(other)} changes by {error:.2g} of its spread when "
+                                        f"{name_of(mover)} acts; factors of a product must leave each other's poses")
                 worst = _largest(worst, error)
     return {"poses of other factors": worst}
 
@@ -229,7 +214,7 @@ def _laws_of_coordinates(action: GroupAction, rows: _Rows, generator: torch.Gene
         proxy = action.blur(rows.pose, widths, generator)
         density = action.log_kernel(proxy, rows.pose, widths)
         if not (torch.isfinite(density).all() and density.shape == (rows.count,)):
-            raise SymmetryError(f"{_name(action)}: log_kernel must give a finite number a row for the proxies that blur draws")
+            raise SymmetryError(f"{name_of(action)}: log_kernel must give a finite number a row for the proxies that blur draws")
         moved = action.log_kernel(action.compose(rows.h, proxy), action.compose(rows.h, rows.pose), widths)
         figures["kernel"] = (moved - density).abs().max().item()
     return _held(action, figures, 1e-5, {"log of exp": "log(exp(v)) = v near 0", "exp of 0": "exp(0) = e",
@@ -244,7 +229,7 @@ def _laws_on_data(action: GroupAction, rows: _Rows, x: dict[str, Tensor]) -> dic
         moved = action.act_data(g, x)
         _check_form(action, moved, given)
         if any(not torch.equal(x[k], given[k]) for k in x):
-            raise SymmetryError(f"{_name(action)}: act_data writes to the x that it is given; return new tensors")
+            raise SymmetryError(f"{name_of(action)}: act_data writes to the x that it is given; return new tensors")
         there = action.act_data(e, x)
         start = there if action.canonical else x
         figures = {"x, identity": _apart_data(action.act_data(e, start), start)}
@@ -272,28 +257,28 @@ def _data(spec: ObservationSpec, x: Fields | None, count: int, generator: torch.
 def _check_form(action: GroupAction, moved: Any, x: dict[str, Tensor]) -> None:
     if not isinstance(moved, dict) or set(moved) != set(x):
         has = ", ".join(moved) if isinstance(moved, dict) else type(moved).__name__
-        raise SymmetryError(f"{_name(action)}: act_data must return the fields {', '.join(x)}, got {has}")
+        raise SymmetryError(f"{name_of(action)}: act_data must return the fields {', '.join(x)}, got {has}")
     for name, values in x.items():
         found = moved[name]
         if not isinstance(found, Tensor) or found.shape != values.shape or found.dtype != values.dtype:
             got = f"{tuple(found.shape)} {found.dtype}" if isinstance(found, Tensor) else type(found).__name__
-            raise SymmetryError(f"{_name(action)}: act_data must keep shapes and dtypes: it made {got} of {name!r}, which is "
+            raise SymmetryError(f"{name_of(action)}: act_data must keep shapes and dtypes: it made {got} of {name!r}, which is "
                                 f"{tuple(values.shape)} {values.dtype}")
         if not torch.isfinite(found).all():
-            raise SymmetryError(f"{_name(action)}: act_data made NaN or infinite values of a finite {name!r}")
+            raise SymmetryError(f"{name_of(action)}: act_data made NaN or infinite values of a finite {name!r}")
 
 
 def _held(action: GroupAction, figures: dict[str, float], limit: float, laws: dict[str, str], mend: str = "") -> dict[str, float]:
     for name, error in figures.items():
         if not error <= limit:
-            raise SymmetryError(f"{_name(action)}: {laws.get(name, name)} fails by {error:.2g}{mend}")
+            raise SymmetryError(f"{name_of(action)}: {laws.get(name, name)} fails by {error:.2g}{mend}")
     return figures
 
 
 def _shaped(action: GroupAction, what: str, value: Any, shape: tuple[int, ...]) -> Tensor:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape or value.dtype != torch.float64 or not torch.isfinite(value).all():
         got = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise SymmetryError(f"{_name(action)}: {what} must give finite torch.float64 of shape {shape}, got {got}")
+        raise SymmetryError(f"{name_of(action)}: {what} must give finite torch.float64 of shape {shape}, got {got}")
     return value
 
 
@@ -344,11 +329,7 @@ def _told(action: GroupAction, what: str) -> Iterator[None]:
         raise
     except Exception as error:  # the user's own code: anything may come
         text = str(error).split("\n")[0][:300]
-        raise SymmetryError(f"{_name(action)}: {what} failed: {type(error).__name__}: {text}") from error
-
-
-def _name(action: GroupAction) -> str:
-    return " x ".join(type(f).__name__ for f in action.factors)
+        raise SymmetryError(f"{name_of(action)}: {what} failed: {type(error).__name__}: {text}") from error
 
 
 # -------------------------------------------------------------------------------------------------- the simulations
@@ -376,7 +357,7 @@ def check_action(simulator: Simulator, action: Any = None, rows: int = 2048, sec
     shown = found or inexact
     said = "no factor moves a parameter: nothing to simulate" if shown is None else shown.statement
     return ActionCheck(
-        _name(action), tuple(action.parameters), tuple(action.coordinates), bool(action.exact), algebra, runs.made,
+        name_of(action), tuple(action.parameters), tuple(action.coordinates), bool(action.exact), algebra, runs.made,
         shown.kept if shown else None, found.p_value if found else None, *(getattr(found, k) if found else None for k in _FIGURES),
         {k: getattr(inexact, k) for k in _FIGURES} if inexact else None, time.monotonic() - began, said)
 
@@ -490,7 +471,7 @@ def _points(prior: Prior, action: GroupAction, which: Sequence[bool], seed: int,
         g.append(element[torch.as_tensor(inside)])
     found = sum(map(len, theta))
     if found < count:
-        raise SymmetryError(f"{_name(action)}: g theta leaves the prior's support in {1 - found / drawn:.1%} of draws, though g carries "
+        raise SymmetryError(f"{name_of(action)}: g theta leaves the prior's support in {1 - found / drawn:.1%} of draws, though g carries "
                             "theta to the pose of another draw; widen the prior of what the action moves, or mend act_theta")
     return np.concatenate(theta)[:count], np.concatenate(there)[:count], torch.cat(g)[:count], found / drawn
 

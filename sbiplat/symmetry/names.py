@@ -18,7 +18,7 @@ from typing import Any
 from sbiplat import files, symmetry
 from sbiplat.errors import SettingError, SymmetryError, UserError
 from sbiplat.simulator import ENTRY_POINTS as SIMULATORS
-from sbiplat.simulator import Simulator, address, load_module
+from sbiplat.simulator import Simulator, address, load_module, resolve
 from sbiplat.source import source_digest as digest_of_source
 from sbiplat.symmetry.action import GroupAction
 from sbiplat.symmetry.product import Product
@@ -65,6 +65,13 @@ def register(given: Any) -> str:
     name = _absolute(given) if isinstance(given, str) else _named(given, action)
     _registered[name] = action
     return name
+
+
+def register_of(simulator: Simulator | str) -> None:
+    """Make the action of a simulator known to this process, where it has one."""
+    found = resolve(simulator)
+    if found.symmetry is not None:
+        register(found)
 
 
 def describe(action: GroupAction, simulator: Simulator | None = None) -> dict[str, Any]:
