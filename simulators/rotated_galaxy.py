@@ -112,6 +112,10 @@ class Motion(GroupAction):
     def exp(self, v: Tensor) -> Tensor:
         return _element(v[:, 0], v[:, 1:])
 
+    def between(self, pose: Tensor, other: Tensor) -> Tensor:
+        v = super().between(pose, other)
+        return torch.cat([_wrapped(v[:, :1], math.pi), v[:, 1:]], -1)
+
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
         return [v + v.new_tensor([turns * 2 * math.pi, 0, 0]) for turns in (-1, 0, 1)]
 

@@ -282,8 +282,7 @@ class _Watch:
     """The pose over the steps: (T, b, P) means and standard deviations of coordinates from a fixed centre, and lag-1 correlations."""
 
     def __init__(self, rule: Convergence, pose: Tensor) -> None:
-        centre, v = centred(rule.action, pose)
-        self.rule, self.back = rule, rule.action.inverse(centre)[:, None]
+        self.rule, (self.centre, v) = rule, centred(rule.action, pose)
         self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
         self.last = v
 
@@ -297,9 +296,9 @@ class _Watch:
 
     def done(self, columns: Columns) -> bool:
         """Take in poses (b, C, S): whether all observations have converged, or the steps are used up."""
-        pose, action = columns["pose"], self.rule.action
-        back = self.back.expand(*pose.shape[:2], -1)
-        v = action.log(action.compose(back.flatten(0, 1), pose.flatten(0, 1))).unflatten(0, pose.shape[:2])
+        pose = columns["pose"]
+        centre = self.centre[:, None].expand(*pose.shape[:2], -1)
+        v = self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2])
         mean, sd = v.mean(1), self._sd(v)
         self.rhos.append(((v - mean[:, None]) * (self.last - self.means[-1][:, None])).mean(1) / (sd * self.sds[-1]))
         self.means.append(mean)

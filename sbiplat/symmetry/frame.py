@@ -202,8 +202,7 @@ def centred(action: GroupAction, poses: Tensor) -> tuple[Tensor, Tensor]:
     batch, n = poses.shape[:2]
 
     def seen(centre: Tensor) -> Tensor:
-        back = action.inverse(centre)[:, None].expand(batch, n, -1)
-        return action.log(action.compose(back.flatten(0, 1), poses.flatten(0, 1))).unflatten(0, (batch, n))
+        return action.between(centre[:, None].expand(batch, n, -1).flatten(0, 1), poses.flatten(0, 1)).unflatten(0, (batch, n))
 
     centre = poses[:, 0]
     for _ in range(2):

@@ -88,6 +88,10 @@ class Product(GroupAction):
         each = [f.preimages(a) for f, a in zip(self._factors, self._tangents(v), strict=True)]
         return [torch.cat(parts, -1) for parts in itertools.product(*each)]
 
+    def between(self, pose: Tensor, other: Tensor) -> Tensor:
+        parts = zip(self._factors, self._elements(pose), self._elements(other), strict=True)
+        return torch.cat([f.between(a, b) for f, a, b in parts], -1)
+
     def log_volume(self, v: Tensor) -> Tensor:
         return sum(f.log_volume(a) for f, a in zip(self._factors, self._tangents(v), strict=True))
 
