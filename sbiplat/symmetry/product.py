@@ -18,7 +18,7 @@ else:
 
 
 class Product(GroupAction):
-    """The direct product: each factor acts with its own part of g, the last one first.
+    """The direct product: each factor acts with its own part of g, the last one first (so that a Permutation, which sorts, is given first).
 
     Factors may share parameters of which poses are made, but at most one moves a parameter; a factor's pose must not change when another
     acts (an arrival-time difference under a common shift of time).
