@@ -117,7 +117,8 @@ class Motion(GroupAction):
         return torch.cat([_wrapped(v[:, :1], math.pi), v[:, 1:]], -1)
 
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
-        return [v + v.new_tensor([turns * 2 * math.pi, 0, 0]) for turns in (-1, 0, 1)]
+        """All that a half turn and whole turns make of v: (phi + k pi, (-1)^k t)."""
+        return [torch.cat([v[:, :1] + k * math.pi, (-1) ** k * v[:, 1:]], -1) for k in range(-3, 4)]
 
     def pose_of(self, theta: Tensor) -> Tensor:
         return _element(theta[:, 0], theta[:, 1:])
@@ -140,8 +141,7 @@ class Motion(GroupAction):
         return super().blur(_element(g[:, 0] + half, g[:, 1:]), widths, generator)
 
     def log_kernel(self, proxy: Tensor, pose: Tensor, widths: Tensor) -> Tensor:
-        both = [super(Motion, self).log_kernel(proxy, _element(pose[:, 0] + half, pose[:, 1:]), widths) for half in (0, math.pi)]
-        return torch.logsumexp(torch.stack(both), 0) - math.log(2)
+        return super().log_kernel(proxy, pose, widths) - math.log(2)
 
 
 def _wrapped(angle: Tensor, period: float) -> Tensor:
