@@ -240,8 +240,13 @@ def posterior_log_prob(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.where(prior.contains(theta), log_likelihood(theta, x) + prior.log_prob(theta) - log_evidence, -np.inf)
 
 
+def noisy(image: Tensor, theta: Tensor, rng: torch.Generator) -> Tensor:
+    """x of images s."""
+    return image + NOISE * torch.randn(image.shape, generator=rng, dtype=image.dtype, device=image.device)
+
+
 @simulator(
-    prior=prior, x_shape=(PIXELS, PIXELS), batched=True, symmetry=Motion(),
+    prior=prior, observe=noisy, x_shape=(PIXELS, PIXELS), batched=True, symmetry=Motion(),
     log_likelihood=log_likelihood, posterior_log_prob=posterior_log_prob, posterior_sampler=posterior_sampler,
     citation="Freeman (1970), On the disks of spiral and S0 galaxies, ApJ 160; Dax et al. (2022), GNPE, ICLR",
 )
@@ -253,6 +258,6 @@ def rotated_galaxy(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     .. math:: a \sim U(0, \pi), \quad c \sim N(0, 1.5^2 I) \text{ px}, \quad \log F \sim N(\log 600, 0.25^2), \quad
               \log r \sim N(\log 1.5, 0.2^2), \quad q \sim U(0.2, 0.8) .
 
-    theta: (B, 6); x: (B, 33, 33).
+    The bank holds the image s, and noise is drawn afresh in every epoch. theta: (B, 6); x: (B, 33, 33).
     """
-    return image(theta) + NOISE * rng.standard_normal((len(theta), PIXELS, PIXELS))
+    return image(theta)

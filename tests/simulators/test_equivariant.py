@@ -27,6 +27,12 @@ def rng():
     return np.random.default_rng(20211113)
 
 
+def x_of(simulator, theta, rng):
+    """Observations (B, ...)."""
+    rngs = [rng] * (1 if simulator.batched else len(theta))
+    return np.stack([row["x"] for row in simulator.rows(theta, rngs)]).astype(float)
+
+
 def least_p(draws, others):
     """The least p-value of two-sample KS tests of columns."""
     return min(stats.ks_2samp(a, b).pvalue for a, b in zip(draws.T, others.T, strict=True))
@@ -46,7 +52,7 @@ def test_simulating_imports_no_torch():
 def test_the_observation_of_a_workflow_is_the_simulators_from_a_fixed_seed(name):
     workflow = ROOT / "workflows" / f"{name}.toml"
     path = workflow.parent / tomllib.loads(workflow.read_text())["sample"]["observation"]
-    made = PROBLEMS[name](np.array([OBSERVED[name]]), np.random.default_rng(2022))[0]
+    made = x_of(PROBLEMS[name], np.array([OBSERVED[name]]), np.random.default_rng(2022))[0]
     np.testing.assert_allclose(sp.read_observation(path, PROBLEMS[name].x), made, rtol=1e-6, atol=1e-7)
 
 
@@ -56,7 +62,7 @@ def test_the_likelihood_is_unchanged_by_an_exact_action(name, rng):
     simulator, theta = PROBLEMS[name], PROBLEMS[name].prior.sample(rng, 50)
     action = simulator.symmetry
     columns = [simulator.prior.names.index(p) for p in action.parameters]
-    x = simulator(theta, rng)
+    x = x_of(simulator, theta, rng)
     g = torch.tensor(rng.normal(0, 0.7, (50, action.size)))
     shifted = action.act_data(g, {"x": torch.tensor(x)})["x"].numpy()
     moved = theta.copy()
@@ -145,14 +151,14 @@ def test_oscillator_is_what_one_kick_gives_but_for_the_filter_and_what_is_left_o
 
 def test_oscillator_likelihood_is_white_noise(rng):
     theta = damped_oscillator.prior.sample(rng, 20)
-    x = damped_oscillator.damped_oscillator(theta[:1], rng)[0]
+    x = x_of(damped_oscillator.damped_oscillator, theta[:1], rng)[0]
     np.testing.assert_allclose(damped_oscillator.log_likelihood(theta, x),
                                stats.norm(damped_oscillator.signal(theta), 0.02).logpdf(x).sum(-1), rtol=1e-10)
 
 
 def test_oscillator_reference_is_the_posterior_by_quadrature(rng):
     """Against a grid of 45^3 points over 12 standard deviations: marginals, evidence, density; and it sees a shift by a tenth of one."""
-    x = damped_oscillator.damped_oscillator(np.array([[6.0, 0.32, -2.0]]), rng)[0]
+    x = x_of(damped_oscillator.damped_oscillator, np.array([[6.0, 0.32, -2.0]]), rng)[0]
     draws = damped_oscillator.posterior_sampler(x, 10_000, rng)
     axes = [np.linspace(m - 6 * s, m + 6 * s, 45) for m, s in zip(draws.mean(0), draws.std(0), strict=True)]
     axes = [np.clip(a, *bounds) for a, bounds in zip(axes, [(3, 10), (0.2, 0.5), (-5, 0)], strict=True)]
@@ -198,7 +204,7 @@ def test_galaxy_is_a_disc_behind_the_point_spread_function():
 
 def test_galaxy_likelihood_is_white_noise(rng):
     theta = rotated_galaxy.prior.sample(rng, 20)
-    x = rotated_galaxy.rotated_galaxy(theta[:1], rng)[0]
+    x = x_of(rotated_galaxy.rotated_galaxy, theta[:1], rng)[0]
     np.testing.assert_allclose(rotated_galaxy.log_likelihood(theta, x),
                                stats.norm(rotated_galaxy.image(theta), 1).logpdf(x).sum((-1, -2)), rtol=1e-9)
 
@@ -274,7 +280,7 @@ def metropolis(log_density, start, covariance, rng, steps=900):
 def test_galaxy_reference_is_the_posterior_by_mcmc(rng):
     """Chains in theta itself, begun at the truth; and a shift by 0.3 standard deviations of the angle is seen."""
     truth = np.array([0.05, 1.0, -0.5, 600.0, 1.6, 0.5])  # at the edge of the angle's interval
-    x = rotated_galaxy.rotated_galaxy(truth[None], rng)[0]
+    x = x_of(rotated_galaxy.rotated_galaxy, truth[None], rng)[0]
 
     def about_zero(theta):
         return np.concatenate([(theta[:, :1] + np.pi / 2) % np.pi - np.pi / 2, theta[:, 1:]], -1)
@@ -298,7 +304,7 @@ def test_galaxy_reference_is_the_posterior_by_mcmc(rng):
 
 @pytest.mark.parametrize("name", ["damped_oscillator", "rotated_galaxy"])
 def test_a_reference_refuses_an_x_that_is_not_finite(name, rng):
-    x = PROBLEMS[name](PROBLEMS[name].prior.sample(rng, 1), rng)[0]
+    x = x_of(PROBLEMS[name], PROBLEMS[name].prior.sample(rng, 1), rng)[0]
     x.flat[3] = np.nan
     with pytest.raises(ObservationError, match="finite"):
         PROBLEMS[name].posterior_sampler(x, 10, rng)
@@ -317,7 +323,7 @@ def ranks(name, rng, pairs=150, draws=99, narrower=0.6):
     simulator = PROBLEMS[name]
     theta = simulator.prior.sample(rng, pairs)
     found = []
-    for t, x in zip(theta, simulator(theta, rng), strict=True):
+    for t, x in zip(theta, x_of(simulator, theta, rng), strict=True):
         posterior = simulator.posterior_sampler(x, draws, rng)
         middle = posterior.mean(0)
         found.append([(p < t).sum(0) for p in (posterior, middle + narrower * (posterior - middle))])
