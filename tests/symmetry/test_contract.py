@@ -203,7 +203,7 @@ def test_a_simulator_without_noise_is_compared_directly():
     found = check_action(exact)
     assert found.p_value is None
     assert found.difference < contract.TOLERANCE
-    assert found.rows <= 132
+    assert found.rows == 2 * 64 + 2 * contract.TRIALS
     with pytest.raises(SymmetryError, match=r"without noise differs by 0\.0.* of its spread"):
         check_action(exact, Product(TimeShift("t0", 1 / 1.05)))
 
