@@ -125,7 +125,7 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
         if not whole or len(value) < about["fewest"] or not all(about["low"] <= v <= about["high"] for v in value):
             raise wrong
         return tuple(value)
-    if origin is dict:
+    if origin is Mapping:
         if not isinstance(value, Mapping):
             raise wrong
         return dict(value)
@@ -147,7 +147,7 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
 def _kind_name(kind: Any) -> str:
     if str in typing.get_args(kind):
         return "a text, or a list of texts"
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a table"}
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "a table"}
     return names.get(typing.get_origin(kind) or kind, "a list of whole numbers")
 
 

@@ -34,11 +34,12 @@ from sbiplat.cli.output import (
     Set,
     Signals,
     counts,
-    misspecified_in_a_line,
     say,
     show,
     warn,
+    warnings_in_a_line,
     write_draws,
+    write_weighted,
 )
 from sbiplat.errors import SettingError, UserError
 from sbiplat.files import is_disk_full
@@ -333,6 +334,10 @@ def sample(
     refuse_misspecified: Annotated[
         bool, typer.Option("--refuse-misspecified", help="Exit 4 and write nothing, where the observation is unlike the simulations.")
     ] = False,
+    importance: Annotated[
+        bool, typer.Option("--importance", help="Add the weights, by the simulator's log_likelihood, that make the draws exact.")
+    ] = False,
+    simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance, where it is not installed.")] = None,
     embedding: Embedding = None,
     as_json: Json = False,
 ) -> None:
@@ -340,8 +345,11 @@ def sample(
     from sbiplat.gate.door import load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.export import check_target
+    from sbiplat.posteriors.importance import likelihood_of, simulator_of_run
     from sbiplat.runs import Run
 
+    if simulator is not None and not importance:
+        raise SettingError("--simulator is for --importance: give both, or leave it away")
     check_target(out)
     opened = Run.open(run)
     posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding)
@@ -352,7 +360,14 @@ def sample(
     if posterior.provenance.get("since_gate"):
         warn(f"changed since the gate: {posterior.provenance['since_gate']}")
     x = read_observation(observation, opened.x)
-    with misspecified_in_a_line():
+    if importance:
+        found = simulator_of_run(opened, simulator, f"sbiplat sample {run} --importance")
+        likelihood = likelihood_of(found, posterior)
+        with warnings_in_a_line():
+            weighted = posterior.importance(x, n, log_likelihood=likelihood, seed=seed)
+        write_weighted(weighted, out, as_json)
+        return
+    with warnings_in_a_line():
         theta = posterior.sample(x, n, seed=seed)
     write_draws(posterior, x, theta, out, n, seed, as_json)
 
@@ -376,7 +391,7 @@ def report(
     opened = Run.open(run)
     x = read_observation(observation, opened.x) if observation else None
     named = summaries_from(summaries) if summaries else None
-    with misspecified_in_a_line():
+    with warnings_in_a_line():
         path = write_report(opened, x, simulator=simulator, seed=seed, embedding=embedding, summaries=named)
     show(as_json, {"report": str(path)}, str(path))
 
@@ -389,7 +404,7 @@ def run(
     """Simulate, train, gate, sample and report; finished stages are skipped; exit 3 if the gate refuses."""
     from sbiplat.workflow import run_workflow
 
-    with misspecified_in_a_line():
+    with warnings_in_a_line():
         result = run_workflow(workflow, say=lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
     show(as_json, result.to_json(), result.text())
     if not result.passed:

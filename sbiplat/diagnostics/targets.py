@@ -11,7 +11,7 @@ where the first term is 0 if q is normalised. So no chain has to run anew for ea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,7 @@ from sbiplat.posteriors.base import Posterior, Sampler
 from sbiplat.posteriors.diffusion import DiffusionSampler, solve_heun
 from sbiplat.posteriors.direct import DirectSampler
 from sbiplat.posteriors.ensemble import EnsembleSampler
+from sbiplat.posteriors.gnpe import GNPESampler
 from sbiplat.posteriors.likelihood import LikelihoodSampler
 from sbiplat.posteriors.theta_space import ThetaSpaceSampler
 
@@ -71,6 +72,8 @@ def _of(sampler: Sampler, posterior: Posterior) -> Target:
         return Density(sampler.estimator)
     if isinstance(sampler, DiffusionSampler):
         return Denoised(sampler.estimator)
+    if isinstance(sampler, GNPESampler):
+        return Equivariant(sampler)
     if isinstance(sampler, LikelihoodSampler):
         return Likelihood(sampler.estimator, sampler.set_size)
     return BlackBox(sampler)
@@ -85,7 +88,7 @@ class _Net:
     def __init__(self, estimator: Any) -> None:
         self.estimator: Any = estimator.eval()
         self.masks = dict(embeddings.masks_of(estimator.embedding)) if hasattr(estimator, "embedding") else {}
-        self.gradients = _has_gradients(self, estimator)
+        self.gradients = _has_gradients(self.condition, estimator, getattr(self, "set_size", 0))
 
     def condition(self, x: Data) -> Any:
         return self.estimator.context(self.estimator.prepare_differentiably(x))
@@ -167,6 +170,34 @@ class Likelihood(_Net):
         raise NotImplementedError
 
 
+class Equivariant:
+    """GNPE: its recovered density, from fewer chains than the posterior's own. The gradient is that of q(z | x', proxy); the density of
+    proxies, for which chains are run anew at every x', is held fast."""
+
+    normalised, objectives = True, ("forward",)
+    CENTRES, PROXIES = 128, 4
+
+    def __init__(self, sampler: GNPESampler) -> None:
+        self.sampler = sampler
+        main, frame = sampler.estimator.main, sampler.frame
+        self.masks = dict(embeddings.masks_of(main.embedding))
+
+        def context(x: Data) -> Tensor:
+            proxy = frame.action.identity(1).to(next(main.parameters()).device)
+            return main.context(main.prepare_differentiably(frame.standardise(x, proxy)))
+
+        self.gradients = _has_gradients(context, sampler.estimator)
+
+    def condition(self, x: Data) -> tuple[Data, Tensor]:
+        return x, self.sampler.centres({k: v.detach() for k, v in x.items()}, self.CENTRES)
+
+    def log_prob(self, z: Tensor, condition: tuple[Data, Tensor]) -> Tensor:
+        return self.sampler.marginal(z, *condition, self.PROXIES)
+
+    def sample(self, condition: tuple[Data, Tensor], n: int, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+
 class Joined:
     """An ensemble: the equal mixture of members' densities or draws. Of likelihoods, whose evidences no mixture can do without, the mean of
     the logarithms stands for it: its posterior is their geometric mean."""
@@ -208,16 +239,16 @@ class BlackBox:
         raise NotImplementedError
 
 
-def _has_gradients(target: Target, estimator: Any) -> bool:
+def _has_gradients(condition: Callable[[Data], Tensor], estimator: Any, set_size: int = 0) -> bool:
     """Whether any gradient comes through from x to the condition; fixed summaries of an embedding may let none."""
     spec = estimator.spec
-    lead = (1, getattr(target, "set_size", 0)) if getattr(target, "set_size", 0) else (1,)
+    lead = (1, set_size) if set_size else (1,)
     x = {k: torch.full((*lead, *shape), 0.5, dtype=getattr(torch, spec.dtype)).requires_grad_() for k, shape in spec.shapes.items()}
     given = {k: v.to(next(estimator.parameters()).device) for k, v in x.items()}
     try:
-        found = target.condition(given)
+        found = condition(given)
     except RuntimeError:  # summaries that take their input out of torch, such as by .numpy(), do so only without gradient
-        target.condition({k: v.detach() for k, v in given.items()})
+        condition({k: v.detach() for k, v in given.items()})
         return False
     slopes = torch.autograd.grad(found.sum(), list(x.values()), allow_unused=True)
     return any(slope is not None for slope in slopes)

@@ -43,6 +43,7 @@ class Estimator(nn.Module):
     search: what tuning tries where the user says nothing. of_the_loss: settings on which the meaning of the loss depends, so that no
     search may compare losses over them. defences: the kinds of `training.defence` that it can be trained with. draws_itself: whether
     the theta of `fisher_root` are draws of its own law, and the root the log-density of that, so that they change with its weights.
+    draws_anew: whether the loss looks at another x of a row in every step.
     """
 
     settings_class: ClassVar[type]
@@ -54,6 +55,7 @@ class Estimator(nn.Module):
     of_the_loss: ClassVar[tuple[str, ...]] = ()
     defences: ClassVar[tuple[str, ...]] = ("noise", "slab")
     draws_itself: ClassVar[bool] = False
+    draws_anew: ClassVar[bool] = False
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -106,23 +108,30 @@ class Estimator(nn.Module):
 
 @dataclass(frozen=True)
 class Architecture:
-    """All that is needed to make an estimator with the right shapes, before its weights are loaded."""
+    """All that is needed to make an estimator with the right shapes, before its weights are loaded. symmetry: what it makes of a group
+    that moves theta and x (see `equivariant`), None where there is none."""
 
     estimator: str
     settings: Any
     dim: int
     x: ObservationSpec
     gaussianised: bool
+    symmetry: Mapping[str, Any] | None = None
+
+    @property
+    def kind(self) -> type[Estimator]:
+        """The estimator's class."""
+        return find(self.estimator)
 
     def to_json(self) -> dict[str, Any]:
         return {"estimator": self.estimator, "settings": asdict(self.settings), "dim": self.dim, "x": self.x.to_json(),
-                "gaussianised": self.gaussianised}
+                "gaussianised": self.gaussianised, **({"symmetry": dict(self.symmetry)} if self.symmetry is not None else {})}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Architecture:
         estimator = find(data["estimator"])
         return cls(data["estimator"], build_settings(estimator.settings_class, data["settings"]), int(data["dim"]),
-                   ObservationSpec.from_json(data["x"]), bool(data["gaussianised"]))
+                   ObservationSpec.from_json(data["x"]), bool(data["gaussianised"]), data.get("symmetry"))
 
     def build(self, seed: int = 0) -> Estimator:
         """The estimator with initial weights drawn from the seed, an ensemble where the settings say so; torch's global generator is
@@ -130,6 +139,10 @@ class Architecture:
         made, members = find(self.estimator), getattr(self.settings, "members", 1)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
+            if self.symmetry is not None:
+                from sbiplat.estimators.equivariant import made as made_equivariant
+
+                return made_equivariant(self)
             if members == 1:
                 return made(self)
             from sbiplat.estimators.ensemble import Ensemble

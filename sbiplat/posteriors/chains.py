@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sbiplat.errors import UserError
+
+MOST_UNCONVERGED = 0.02  # share of a batch's observations
+
+
+class ChainError(UserError):
+    """The chains of an observation disagree or have not converged, or its evidence cannot be trusted."""
+
+
+@contextmanager
+def judging(sampler: Any) -> Iterator[list[NDArray[np.bool_]] | None]:
+    """Meanwhile no observation is refused: for each call, which of its observations would be, (B,). None of samplers without chains."""
+    inner = [sampler, *getattr(sampler, "members", ()), *([sampler.inner] if hasattr(sampler, "inner") else [])]
+    chained = [s for s in inner if hasattr(s, "judged")]
+    found: list[NDArray[np.bool_]] = []
+    for each in chained:
+        each.judged = found
+    try:
+        yield found if chained else None
+    finally:
+        for each in chained:
+            each.judged = None
 
 
 def r_hat(draws: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -107,16 +107,17 @@ class DiffusionSampler(Contexts):
     def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
         """(B, n, D); fixed by the seed, n and B."""
         contexts = self.contexts(x)
-        conditions = self.estimator.field.conditions(contexts)
         generator = torch.Generator(self.device).manual_seed(stream(seed))
+        return self.joined(len(contexts), n, (
+            (rows, draws, self.draws(contexts[rows], draws.stop - draws.start, generator).cpu())
+            for rows, draws in self.passes(len(contexts), n)))
 
-        def one_pass(rows: slice, draws: slice) -> Tensor:
-            shape = (rows.stop - rows.start, draws.stop - draws.start, self.estimator.dim)
-            start = torch.randn(shape, generator=generator, device=self.device)
-            w = self._solve(lambda z, t: self.estimator.velocity_back(z, t, conditions[rows]), start, generator)
-            return self.estimator.unwhiten(w, contexts[rows, None]).cpu()
-
-        return self.joined(len(contexts), n, ((rows, draws, one_pass(rows, draws)) for rows, draws in self.passes(len(contexts), n)))
+    def draws(self, contexts: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """n draws for each of B contexts, (B, n, D)."""
+        conditions = self.estimator.field.conditions(contexts)
+        start = torch.randn(len(contexts), n, self.estimator.dim, generator=generator, device=self.device)
+        w = self._solve(lambda z, t: self.estimator.velocity_back(z, t, conditions), start, generator)
+        return self.estimator.unwhiten(w, contexts[:, None])
 
     def _solve(self, field: Field, z: Tensor, generator: torch.Generator) -> Tensor:
         settings = self.estimator.settings
@@ -127,18 +128,21 @@ class DiffusionSampler(Contexts):
     @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> NDArray[np.float64]:
         contexts, values = self.contexts(x), torch.as_tensor(z, device=self.device)
-        conditions = self.estimator.field.conditions(contexts)
-        probes = None
+        n = values.shape[1]
+        parts = ((rows, draws, self._densities(values[rows, draws], contexts[rows]).cpu()) for rows, draws in self.passes(len(contexts), n))
+        return self.joined(len(contexts), n, parts).astype(float)
+
+    def densities(self, z: Tensor, contexts: Tensor) -> Tensor:
+        """log q(z | context) of rows, (R, D) and (R, C): (R,)."""
+        return self._densities(z[:, None], contexts)[:, 0]
+
+    def _densities(self, z: Tensor, contexts: Tensor) -> Tensor:
+        """Of z (B, n, D) and contexts (B, C): (B, n)."""
+        conditions, probes = self.estimator.field.conditions(contexts), None
         if self.estimator.settings.trace == "hutchinson":  # the same for every row: no density depends on its place in a batch
             generator = torch.Generator(self.device).manual_seed(stream(0))
             probes = 2.0 * torch.randint(0, 2, (PROBES, 1, 1, self.estimator.dim), generator=generator, device=self.device) - 1
-
-        def one_pass(rows: slice, draws: slice) -> Tensor:
-            w = self.estimator.whiten(values[rows, draws], contexts[rows, None])
-            log_p = log_density(lambda z, t: self.estimator.velocity_back(z, t, conditions[rows]), w,
-                                None if probes is None else probes.expand(PROBES, *w.shape))
-            return (log_p + self.estimator.log_det).cpu()
-
-        n = values.shape[1]
-        parts = ((rows, draws, one_pass(rows, draws)) for rows, draws in self.passes(len(contexts), n))
-        return self.joined(len(contexts), n, parts).astype(float)
+        w = self.estimator.whiten(z, contexts[:, None])
+        log_p = log_density(lambda at, t: self.estimator.velocity_back(at, t, conditions), w,
+                            None if probes is None else probes.expand(PROBES, *w.shape))
+        return log_p + self.estimator.log_det

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from sbiplat.observation import Fields
 from sbiplat.posteriors import passes
@@ -20,8 +21,16 @@ class DirectSampler(Contexts):
         contexts = self.contexts(x)
         generator = torch.Generator(self.device).manual_seed(stream(seed))
         return self.joined(len(contexts), n, (
-            (rows, draws, self.estimator.sample(contexts[rows], draws.stop - draws.start, generator).cpu())
+            (rows, draws, self.draws(contexts[rows], draws.stop - draws.start, generator).cpu())
             for rows, draws in self.passes(len(contexts), n)))
+
+    def draws(self, contexts: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """n draws for each of B contexts, (B, n, D)."""
+        return self.estimator.sample(contexts, n, generator)
+
+    def densities(self, z: Tensor, contexts: Tensor) -> Tensor:
+        """log q(z | context) of rows, (R, D) and (R, C): (R,)."""
+        return self.estimator.log_prob(z, contexts)
 
     @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> NDArray[np.float64]:
@@ -29,5 +38,5 @@ class DirectSampler(Contexts):
         batch, n, dim = values.shape
         flat, owner = values.reshape(-1, dim), torch.arange(batch, device=self.device).repeat_interleave(n)
         rows = passes.ROWS_PER_PASS
-        parts = [self.estimator.log_prob(flat[a:a + rows], contexts[owner[a:a + rows]]).cpu() for a in range(0, len(flat), rows)]
+        parts = [self.densities(flat[a:a + rows], contexts[owner[a:a + rows]]).cpu() for a in range(0, len(flat), rows)]
         return torch.cat(parts).double().numpy().reshape(batch, n)

@@ -8,8 +8,7 @@ split R-hat over them, and the spread of their evidences, say whether they found
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbiplat.errors import UserError
 from sbiplat.estimators.tractable import Tractable
 from sbiplat.observation import Fields
 from sbiplat.posteriors import annealing, passes
 from sbiplat.posteriors.annealing import Heights, Populations, Streams
-from sbiplat.posteriors.chains import effective_size, r_hat
+from sbiplat.posteriors.chains import MOST_UNCONVERGED, ChainError, effective_size, r_hat
 from sbiplat.posteriors.passes import Contexts
 
 POPULATIONS = 4
 MOST_R_HAT = 1.05
 MOST_EVIDENCE_ERROR = 0.5  # nats, one standard error
-TOLERATED = 0.02  # share of a batch's observations that may be worse
 DRAWS_A_CHAIN, LEAST_KEPT = 20, 8  # at the last power
 MEND = "give more chains or moves, or train longer"
 STATES = 2**21  # kept at a time
@@ -39,10 +36,6 @@ _DIFFERENCE = 1e-4  # for the slope of the prior
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
 Array = NDArray[np.float64]
 LogPrior = Callable[[Array], Array]
-
-
-class ChainError(UserError):
-    """The populations of an observation disagree, or its evidence cannot be trusted."""
 
 
 class LikelihoodSampler(Contexts):
@@ -116,7 +109,7 @@ class LikelihoodSampler(Contexts):
         over = ~(figures <= limit)
         if self.judged is not None:
             self.judged.append(over)
-        elif over.sum() > TOLERATED * len(figures):
+        elif over.sum() > MOST_UNCONVERGED * len(figures):
             where = "" if len(figures) == 1 else f" in {over.sum()} of {len(figures)} observations"
             raise ChainError(f"{what} {figures[over].max():.2f} is over {limit:g}{where}; {mend}")
 
@@ -162,21 +155,6 @@ def _apart(states: Tensor) -> Tensor:
 def _r_hat(apart: Tensor) -> Array:
     """Split R-hat over the populations, the worst parameter's, (B,)."""
     return r_hat(apart.flatten(1, 2).double().cpu().numpy()).max(1)
-
-
-@contextmanager
-def judging(sampler: Any) -> Iterator[list[NDArray[np.bool_]] | None]:
-    """Meanwhile no observation is refused: for each call, which of its observations would be, (B,). None of samplers without chains."""
-    inner = [sampler, *getattr(sampler, "members", ()), *([sampler.inner] if hasattr(sampler, "inner") else [])]
-    chained = [s for s in inner if isinstance(s, LikelihoodSampler)]
-    found: list[NDArray[np.bool_]] = []
-    for each in chained:
-        each.judged = found
-    try:
-        yield found if chained else None
-    finally:
-        for each in chained:
-            each.judged = None
 
 
 def _seed(seed: int, observation: int, population: int) -> int:

@@ -7,8 +7,10 @@ from typing import Any
 
 from sbiplat.estimators.base import Estimator
 from sbiplat.estimators.ensemble import Ensemble
+from sbiplat.estimators.equivariant import Equivariant
 from sbiplat.posteriors.base import Posterior, Sampler
 from sbiplat.posteriors.ensemble import EnsembleSampler
+from sbiplat.posteriors.gnpe import GNPESampler
 from sbiplat.posteriors.recalibrated import Maps, RecalibratedSampler
 from sbiplat.runs import Run
 
@@ -33,6 +35,8 @@ def from_run(run: Run, device: str = "cpu", **provenance: Any) -> Posterior:
 def _sampler(estimator: Estimator, run: Run, device: str) -> Sampler:
     if isinstance(estimator, Ensemble):
         return EnsembleSampler([_sampler(member, run, device) for member in estimator.members])
+    if isinstance(estimator, Equivariant):
+        return GNPESampler(estimator, _sampler(estimator.main, run, device), device)
     module, _, attribute = SAMPLERS[estimator.posterior].partition(":")
     needs = {"likelihood": (run.prior.unconstrained_log_prob,), "theta_space": (run.prior,)}.get(estimator.posterior, ())
     return getattr(importlib.import_module(module), attribute)(estimator, *needs, device=device)

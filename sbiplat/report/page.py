@@ -425,6 +425,8 @@ def _what(run: Run, found: Found, verdict: Verdict) -> dict[str, Any]:
         seeds += [(k, v) for k, v in _items(verdict.certificate.content.get("seeds")) if k not in dict(seeds)]
         digests.append(("certificate", verdict.certificate.sha256))
     estimator = [("estimator", run.architecture.estimator), *_items(record["architecture"].get("settings"))]
+    if verdict.certificate is not None and verdict.certificate.chain:
+        estimator.insert(1, ("chain of steps", verdict.certificate.chain))
     parameters = zip(run.prior.names, run.prior.units, _laws(run.prior), *run.prior.support, strict=True)
     return {
         "summary": simulator.summary if simulator else "", "citation": simulator.citation if simulator else "",

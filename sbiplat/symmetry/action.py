@@ -55,6 +55,11 @@ class GroupAction:
         return len(self.coordinates)
 
     @property
+    def moved(self) -> tuple[str, ...]:
+        """The parameters that act_theta moves: all, or with a derived pose those alone of them that it writes to."""
+        return self.parameters if self.moves else ()
+
+    @property
     def factors(self) -> tuple[GroupAction, ...]:
         """The actions that it is a product of: itself, where it is none."""
         return (self,)
@@ -106,7 +111,8 @@ class GroupAction:
         return theta + g, theta.new_zeros(len(theta))
 
     def chart(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """u (B, k) in R^k of parameters near the standard pose, for a net to learn, and log |det du / d theta| (B,)."""
+        """u (B, k): the columns that it moves as numbers in R for a net to learn, of parameters near the standard pose, and the log of the
+        determinant |du / d theta| over those columns, (B,). Columns that it does not move stay as they are."""
         return theta, theta.new_zeros(len(theta))
 
     def unchart(self, u: Tensor) -> Tensor:

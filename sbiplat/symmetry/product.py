@@ -56,6 +56,10 @@ class Product(GroupAction):
         return tuple(c for f in self._factors for c in f.coordinates)
 
     @property
+    def moved(self) -> tuple[str, ...]:
+        return tuple(p for f in self._factors for p in f.moved)
+
+    @property
     def size(self) -> int:
         return sum(f.size for f in self._factors)
 

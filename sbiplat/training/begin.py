@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import STATUS, simulator_of
 from sbiplat.bank.stream import Split, pairs_at, split
-from sbiplat.errors import OtherTraining, RunError, SimulatorError
-from sbiplat.estimators.base import Architecture, find, find_trained_here
+from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
+from sbiplat.estimators.base import Architecture, Estimator, find, find_trained_here
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
@@ -23,10 +23,15 @@ from sbiplat.settings import setting, whole_seed
 from sbiplat.settings import split as split_settings
 from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
+from sbiplat.symmetry import names
+from sbiplat.symmetry.action import GroupAction
+from sbiplat.symmetry.frame import check_parameters
+from sbiplat.symmetry.settings import NONE, SymmetrySettings
 from sbiplat.training.defence import checked
 
 PRECISIONS = ("float32", "bf16")
 HELD_OUT_LEAST = 500
+PLAIN = SymmetrySettings()
 
 
 @dataclass(frozen=True)
@@ -92,6 +97,9 @@ class Plan:
     seed: int
     apart: Split
     observe: Observe | None
+    symmetry: SymmetrySettings = PLAIN
+    action: GroupAction | None = None  # of the simulator, where symmetry asks for it
+    start: Callable[[Estimator], None] | None = None  # what an estimator is given before its training
 
     def record(self, out: Path) -> dict[str, Any]:
         """What this training is: run.json less its outcome."""
@@ -107,6 +115,7 @@ class Plan:
                       "left_out": apart.left_out, "digest": apart.digest()},
             "observe_source": source_digest(self.observe.function) if self.observe else None,
             "embedding_source": embeddings.source_digest(getattr(shape, "embedding", "mlp")),
+            **({"symmetry": asdict(self.symmetry)} if self.action is not None else {}),
         }
 
 
@@ -117,7 +126,8 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
     kind, values = find_trained_here(estimator), dict(settings)
     if "embedding" in values:
         values["embedding"] = embeddings.register(values["embedding"])
-    ours, theirs = split_settings(values, TrainSettings, kind.settings_class)
+    ours, theirs, groups = split_settings(values, TrainSettings, kind.settings_class, SymmetrySettings)
+    symmetry = build_settings(SymmetrySettings, groups)
     training = filled(build_settings(TrainSettings, ours), bank, kind.training_defaults)
     training = replace(training, defend=checked(training.defend, estimator, kind))
     prior, shape = bank.header.prior, build_settings(kind.settings_class, theirs)
@@ -127,12 +137,28 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
     if observe:
         some = pairs_at(bank, apart.validation[:8])
         check_observe(observe, some["x"], some["parameters"])
-    return Plan(bank, architecture, training, seed, apart, observe)
+    made = Plan(bank, architecture, training, seed, apart, observe, symmetry)
+    return made if symmetry.symmetry == NONE else replace(made, action=action_of(made, simulator))
+
+
+def action_of(plan: Plan, simulator: Simulator | str | None) -> GroupAction:
+    """The action of the simulator that made the bank; raises SettingError where it has none, or it does not go with the training."""
+    bank, kind = plan.bank, plan.symmetry.symmetry
+    made_by = simulator_of(bank.header, bank.path, simulator, f"sbiplat train {bank.path}")
+    if made_by.symmetry is None:
+        raise SettingError(f"symmetry = {kind!r}: the simulator {made_by.name!r} declares no symmetry; give it one "
+                           "(@sp.simulator(..., symmetry=...)), or leave the setting away")
+    if plan.training.compile or getattr(plan.architecture.settings, "members", 1) > 1:
+        raise SettingError(f"symmetry = {kind!r} goes neither with compile = true nor with members; leave them away")
+    action = names.resolve_action(made_by.symmetry)
+    check_parameters(action, bank.header.prior)
+    return action
 
 
 def check_place(out: Path) -> None:
     """A run may begin in a directory that is not there, or has nothing in it; raises RunError."""
-    if out.exists() and (not out.is_dir() or any(p.name != "lock" and not p.name.startswith(".tmp-") for p in out.iterdir())):
+    own = ("lock", "initial")
+    if out.exists() and (not out.is_dir() or any(p.name not in own and not p.name.startswith(".tmp-") for p in out.iterdir())):
         raise RunError(f"{out} holds other files and is no run; give the run another --out")
 
 
@@ -161,7 +187,9 @@ def same_training(record: Mapping[str, Any], out: Path) -> Run:
         return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
                 "the embedding's code": (record.get("embedding_source") or "none")[:12],
-                "the code of observe": (record.get("observe_source") or "none")[:12]}
+                "the code of observe": (record.get("observe_source") or "none")[:12],
+                **(record.get("symmetry") or asdict(PLAIN)),
+                "the action": (record["architecture"].get("symmetry") or {}).get("action")}
 
     mine, theirs = flat(run.record), flat(record)
     differs = [k for k in theirs if mine.get(k) != theirs[k]]

@@ -40,9 +40,11 @@ from sbiplat.progress import Progress
 from sbiplat.runs import Run
 from sbiplat.signals import Interrupted, Signals, Stopped
 from sbiplat.simulator import Simulator
+from sbiplat.symmetry.settings import GNPE
 from sbiplat.training import checkpoint
 from sbiplat.training.begin import Plan, TrainSettings, check_bank, check_place, plan, same_training
 from sbiplat.training.defence import Defence
+from sbiplat.training.equivariant import settled
 from sbiplat.training.gradient import Gradient, check_compiler
 
 SCALE_ROWS = 50_000
@@ -79,6 +81,8 @@ def carry_out(wanted: Plan, out: Path, progress: Progress, *, watch: Watch | Non
     where it says True, the training raises Abandoned. A finished run is returned without asking.
     """
     torch.set_num_threads(wanted.training.threads)
+    if wanted.symmetry.symmetry == GNPE and wanted.action is not None and wanted.architecture.symmetry is None:
+        wanted, bank_is_checked = settled(wanted, out, progress, carry_out), True
     record = wanted.record(out)
     if not (out / "run.json").exists():
         check_place(out)
@@ -126,11 +130,14 @@ class _Training:
         rows = max(1000, min(SCALE_ROWS, SCALE_BYTES // bank.header.x.row_bytes))
         scale = self._observed(self._tensors(self.batches.sample(rows), torch.device("cpu")), _noise_seed(run.seed, -2, 0))
         self.estimator.fit_scales(scale["theta"], scale["x"])
+        fixed = observe is None and not self.estimator.draws_anew  # else x is another in every step
         for part in self.estimator.modules():
             if isinstance(part, Estimator):
-                part.rows_were_fitted = observe is None and len(scale["theta"]) >= apart.training_rows  # with observe, x is another
+                part.rows_were_fitted = fixed and len(scale["theta"]) >= apart.training_rows
         ready = self.estimator.prepare(scale["x"]) if settings.defend else {}
         self.defence = Defence(settings.defend, self.estimator, ready, settings.accumulate).to(self.device)
+        if wanted.start is not None:
+            wanted.start(self.estimator)
         self.estimator.to(self.device)
         self.validation = self._prepared(pairs_at(bank, apart.validation))
         self.resident = None

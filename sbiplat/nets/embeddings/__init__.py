@@ -29,7 +29,8 @@ from sbiplat.nets.embeddings.shape import Shape
 from sbiplat.observation import ObservationSpec
 
 __all__ = ["ACTIVATIONS", "BUILT_IN", "Fused", "ResidualBlock", "Shape", "apply", "build", "by_name", "flatten", "masks_of",
-           "numbers", "of_user", "prepare", "register", "seed_bases", "shared_axes", "source_digest", "unscaled", "width_of"]
+           "numbers", "of_user", "parts_of", "prepare", "reads_all", "register", "seed_bases", "shared_axes", "source_digest", "unscaled",
+           "width_of"]
 
 MOST_NUMBERS = 512
 Size = tuple[int, ...]
@@ -131,6 +132,11 @@ def _one(name: str, spec: ObservationSpec, shape: Shape, field: str = "x", maske
                                f"take {', '.join(fitting)}")
         return kind.make(size, shape, masked)
     return of_user(name, spec)
+
+
+def reads_all(name: str) -> bool:
+    """Whether a net of that name takes all fields of x together."""
+    return name == "none" or name in _WHOLE
 
 
 def of_user(name: str, spec: ObservationSpec) -> nn.Module:

@@ -1,0 +1,146 @@
+r"""Group-equivariant neural posterior estimation (GNPE; Dax et al., 2022) around an estimator of theta given x.
+
+Two nets: the initial one learns the pose, q(p(theta) | x); the main one learns theta from x in the standard pose of a proxy,
+
+.. math:: \min_q \; \mathbb{E}_{p(\theta) \, p(x | \theta) \, K(\hat g | p(\theta))} \;
+          L_q \big( u(\theta, \hat g), \; T_{\hat g}^{-1} x \big) ,
+
+with L the base's loss (npe, fmpe, npse), and fresh proxies in every step; see `symmetry.frame` for u. The initial net is trained before,
+and frozen; it says how wide the kernel K is to be, and where chains begin (`posteriors.gnpe`). Both nets are one module with one set of
+weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sbiplat.errors import SettingError
+from sbiplat.estimators.base import Architecture, Estimator, find
+from sbiplat.estimators.conditioned import Conditioned, ConditionedSettings
+from sbiplat.estimators.npe import NPE, NPESettings
+from sbiplat.nets import embeddings
+from sbiplat.prior import Prior
+from sbiplat.settings import build as build_settings
+from sbiplat.symmetry import names
+from sbiplat.symmetry.frame import PROXY, Frame
+
+INITIAL = "initial"
+_SCALES_SEED = 0x6E9E
+
+
+def made(architecture: Architecture) -> Estimator:
+    """The estimator of an architecture with a symmetry."""
+    symmetry = architecture.symmetry
+    assert symmetry is not None
+    return PoseNet(architecture) if symmetry["role"] == INITIAL else Equivariant(architecture)
+
+
+def frame_of(symmetry: Mapping[str, Any]) -> Frame:
+    """The frame that an architecture describes; raises SettingError where the action is a user's that this process does not know."""
+    action = names.from_json(dict(symmetry["action"]))
+    count = len(action.coordinates)
+    widths, told = symmetry.get("widths", [1.0] * count), symmetry.get("told", [False] * count)
+    if len(widths) != count or len(told) != count or not all(0 < w < float("inf") for w in widths):
+        raise SettingError(f"its symmetry has {len(widths)} kernel widths for {count} coordinates")
+    return Frame(action, Prior.from_json(symmetry["prior"]), tuple(map(float, widths)), tuple(map(bool, told)))
+
+
+def initial_settings(settings: ConditionedSettings, own: Mapping[str, Any]) -> NPESettings:
+    """Of the initial net: as the main one reads x, and what the user gave for it."""
+    shared = {f.name: getattr(settings, f.name) for f in fields(ConditionedSettings)}
+    return build_settings(NPESettings, {**shared, "members": 1, **own})
+
+
+class PoseNet(Estimator):
+    """npe of the pose's tangent coordinates, log p(theta)."""
+
+    settings_class = NPESettings
+    posterior = "pose"
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        assert architecture.symmetry is not None
+        self.frame = frame_of(architecture.symmetry)
+        self.net = NPE(replace(architecture, dim=len(self.frame.action.coordinates), gaussianised=False, symmetry=None))
+
+    def coordinates(self, theta: Tensor) -> Tensor:
+        """float32 (B, P) of unconstrained theta (B, D)."""
+        return self.frame.action.log(self.frame.pose(theta)).float()
+
+    def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
+        self.net.fit_scales(self.coordinates(theta), x)
+
+    def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.net.prepare(x)
+
+    def units(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        return self.net.units(x)
+
+    def context(self, x: dict[str, Tensor]) -> Tensor:
+        """Of prepared x."""
+        return self.net.context(x)
+
+    def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        return self.net.loss(self.coordinates(theta), x)
+
+
+class Equivariant(Estimator):
+    """The initial net, frozen, and the main net; see the module's docstring."""
+
+    posterior = "gnpe"
+    defences = ()
+    draws_anew = True
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__(architecture)
+        symmetry = architecture.symmetry
+        assert symmetry is not None
+        self.frame, self.most_steps = frame_of(symmetry), int(symmetry["gibbs_steps"])
+        base = find(architecture.estimator)
+        if not issubclass(base, Conditioned):
+            raise SettingError(f"symmetry = gnpe goes with npe, fmpe and npse, and the estimator is {architecture.estimator}")
+        settings = symmetry["initial"]
+        self.initial = PoseNet(replace(architecture, estimator="npe", settings=build_settings(NPESettings, settings)))
+        self.initial.requires_grad_(False)
+        spec = self.frame.spec(architecture.x)
+        self.main: Any = base(replace(architecture, x=spec, gaussianised=False, symmetry=None,
+                                      settings=replace(architecture.settings, embedding=self._embedding(architecture))))
+
+    def _embedding(self, architecture: Architecture) -> str:
+        """The embedding's name where x has the proxy beside it: of a net for one array, by field."""
+        name = architecture.settings.embedding
+        if not any(self.frame.told) or embeddings.reads_all(name):
+            return name
+        parts = embeddings.parts_of(name) or {next(iter(architecture.x.shapes)): name}
+        return ",".join(f"{k}={v}" for k, v in {**parts, PROXY: "none"}.items())
+
+    def nat(self) -> float:
+        return self.main.nat()
+
+    def fit_scales(self, theta: Tensor, x: dict[str, Tensor]) -> None:
+        seen = self.seen_from(theta, x, torch.Generator(theta.device).manual_seed(_SCALES_SEED))
+        self.main.fit_scales(*seen)
+
+    def seen_from(self, theta: Tensor, x: dict[str, Tensor], generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """u and x' of rows, each from a proxy of its own."""
+        proxy = self.frame.blur(self.frame.pose(theta), generator)
+        return self.frame.to_relative(theta, proxy)[0], self.frame.standardise(x, proxy)
+
+    def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """x as it is: it is standardised anew in every step."""
+        return {k: v.float() for k, v in x.items()}
+
+    def context(self, x: dict[str, Tensor]) -> Tensor:
+        """Summaries of x: the initial net's."""
+        return self.initial.context(self.initial.prepare(x))
+
+    def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
+        with torch.no_grad():
+            u, seen = self.seen_from(theta, x)
+            ready = self.main.prepare(seen)
+        return self.main.loss(u, ready)

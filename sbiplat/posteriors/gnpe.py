@@ -1,0 +1,341 @@
+r"""The posterior behind GNPE: parallel Gibbs chains over (theta, proxy), and the density that a step of them has.
+
+.. math:: \hat g_0 \sim K(\cdot | p_0), \; p_0 \sim q_{\text{initial}}(p | x); \qquad
+          \theta_t \sim q(\theta | x, \hat g_{t-1}), \quad \hat g_t \sim K(\cdot | p(\theta_t)) .
+
+Every draw is the end of a chain of its own. Of the pose, measured over an observation's chains in coordinates from their centre: the
+lag-1 correlation :math:`\rho`, how far the start was off in standard deviations, d, and how far the mean and log sd have moved within the
+last half-life :math:`h = \ln 2 / \ln(1 / \rho)`. The chains have converged when :math:`d \rho^t \le 0.05` and that last motion is no more
+than 0.05 beside its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told.
+
+The density is recovered from converged proxies: since a proxy is a blurred pose, theirs is a mixture of kernels,
+
+.. math:: \hat q(\hat g | x) = \frac1N \sum_i K(\hat g | p(\theta_i)), \qquad
+          \log q(\theta, \hat g | x) = \log \hat q(\hat g | x) + \log q(\theta | x, \hat g)
+
+exactly, for draws that take one step from it. The marginal is the mean of :math:`q(\theta, \hat g | x) / K(\hat g | p(\theta))` over
+proxies from :math:`K(\cdot | p(\theta))`, whose variance vanishes as the net becomes exact; it is an unbiased estimate with fixed random
+numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sbiplat.estimators.equivariant import Equivariant
+from sbiplat.observation import Fields
+from sbiplat.posteriors.chains import MOST_UNCONVERGED, ChainError
+from sbiplat.posteriors.passes import ROWS_PER_PASS, Contexts, stream
+from sbiplat.posteriors.steps import Chain, Columns, Derived, Factor, Gibbs, Recovery, State
+from sbiplat.symmetry.action import GroupAction
+from sbiplat.symmetry.frame import centred
+
+LEAST_CHAINS = 128  # an observation: convergence is measured over them
+NEAR = 0.05  # standard deviations
+ERRORS = 3.0  # standard errors
+CENTRES = 512  # of the mixture of kernels
+PROXIES = 8  # for the marginal density of a theta
+TRIES = 100  # for a draw within the prior's support
+BYTES_PER_PASS = 2**26
+ROWS_AT_ONCE = 2**17
+PAIRS_AT_ONCE = 2**20
+RECOVERY_SEED = 0x6E9E
+Array = NDArray[np.float64]
+
+
+class GNPESampler(Contexts):
+    """Draws and densities of an `Equivariant` estimator. inner: the sampler behind its main net."""
+
+    estimator: Equivariant
+
+    def __init__(self, estimator: Equivariant, inner: Any, device: str = "cpu") -> None:
+        super().__init__(estimator, device)
+        self.frame, self.inner = estimator.frame, inner
+        self.chain = Chain([self._initial(), self._gibbs()])
+        self.diagnostics: dict[str, Any] = {}  # of the last draws
+        self.judged: list[NDArray[np.bool_]] | None = None  # which observations would be refused: see `chains.judging`
+
+    def _initial(self) -> Factor:
+        return Factor("initial net", ("pose",), lambda x, _, n, generator: ({"pose": self.first(x, n, generator)}, None), density=False)
+
+    def _gibbs(self) -> Gibbs:
+        frame = self.frame
+
+        def blur(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
+            pose = columns["pose"].flatten(0, 1)
+            proxy = frame.blur(pose, generator)
+            return {"proxy": proxy.unflatten(0, (-1, n))}, frame.log_kernel(proxy, pose).unflatten(0, (-1, n))
+
+        def conditional(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, None]:
+            return {"z": self.conditional(x, columns["proxy"], generator)}, None
+
+        def pose(x: Any, columns: Columns) -> Columns:
+            z = columns["z"]
+            return {"pose": frame.pose(z.flatten(0, 1)).unflatten(0, z.shape[:2])}
+
+        action = frame.action
+        about = {"kernel": "normal in tangent coordinates", "widths": dict(zip(action.coordinates, frame.widths, strict=True))}
+        steps = (Factor("kernel", ("proxy",), blur, needs=("pose",), about=about),
+                 Factor("main net", ("z",), conditional, needs=("proxy",), density=False,
+                        about={"relative": list(action.moved),
+                               "told": [c for c, told in zip(action.coordinates, frame.told, strict=True) if told]}),
+                 Derived("pose", ("z",), ("pose",), pose))
+        return Gibbs("gibbs", ("pose",), steps, Convergence(action, frame.widths, self.estimator.most_steps))
+
+    # ------------------------------------------------------------------------------------------------------ draws
+
+    @torch.no_grad()
+    def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
+        """(B, n, D); fixed by the seed, n and B. Raises ChainError."""
+        states = [self.chain.sample(part, max(n, LEAST_CHAINS), _own(seed, k), device=str(self.device))
+                  for k, part in enumerate(self._parts(x, n))]
+        self._judge(states)
+        return np.concatenate([s.columns["z"][:, :n].cpu().numpy() for s in states])
+
+    def _parts(self, x: Fields, n: int) -> Iterator[dict[str, Tensor]]:
+        size, per = len(next(iter(x.values()))), max(1, ROWS_AT_ONCE // max(n, LEAST_CHAINS))
+        for a in range(0, size, per):
+            yield {k: torch.as_tensor(np.ascontiguousarray(v[a:a + per]), device=self.device) for k, v in x.items()}
+
+    def _judge(self, states: Sequence[State]) -> None:
+        """Keep what the chains were like; raises ChainError where they have not converged."""
+        figures = [s.figures["gibbs"] for s in states]
+        bad = np.concatenate([f["unconverged"] for f in figures])
+        rho, theory = (max(max(f[name]) for f in figures) for name in ("rho", "theory"))
+        steps = max(f["iterations"] for f in figures)
+        self.diagnostics = {"gibbs_steps": steps, "gibbs_rho": rho, "gibbs_rho_theory": theory, "unconverged": int(bad.sum())}
+        if self.judged is not None:
+            self.judged.append(bad)
+        elif bad.sum() > MOST_UNCONVERGED * len(bad):
+            where = "" if len(bad) == 1 else f" of {bad.sum()} of {len(bad)} observations ({_some(np.flatnonzero(bad))})"
+            raise ChainError(f"the draws are not to be used: Gibbs chains{where} have not converged after {steps} steps (the largest lag-1 "
+                             f"correlation is {rho:.3f}); train with a wider kernel (kernel_ratio), or with more gibbs_steps")
+
+    def first(self, x: dict[str, Tensor], count: int, generator: torch.Generator) -> Tensor:
+        """Poses (b, count, S) of the initial net."""
+        net, initial = self.estimator.initial.net, self.estimator.initial
+        contexts, most = net.context(initial.prepare(x)), max(1, ROWS_PER_PASS // count)
+        v = torch.cat([net.sample(c, count, generator) for c in contexts.split(most)]).double()
+        return self.frame.action.exp(v.flatten(0, 1)).unflatten(0, v.shape[:2])
+
+    def conditional(self, x: dict[str, Tensor], proxy: Tensor, generator: torch.Generator) -> Tensor:
+        """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S)."""
+        owner = self._owner(proxy)
+        flat, out = proxy.flatten(0, 1), []
+        for rows, contexts in self._contexts_of(x, owner, flat):
+            z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], flat[rows])
+            for _ in range(TRIES):
+                lacking = torch.nonzero(~inside)[:, 0]
+                if not len(lacking):
+                    break
+                z[lacking], inside[lacking] = self.frame.from_relative(self.inner.draws(contexts[lacking], 1, generator)[:, 0],
+                                                                       flat[rows][lacking])
+            out.append(z)
+        return torch.cat(out).unflatten(0, proxy.shape[:2])
+
+    def _owner(self, proxy: Tensor) -> Tensor:
+        """The observation of each row of proxies (b, C, S)."""
+        return torch.arange(len(proxy), device=self.device).repeat_interleave(proxy.shape[1])
+
+    def _contexts_of(self, x: dict[str, Tensor], owner: Tensor, proxy: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The main net's contexts of rows in passes: of x[owner] seen from proxies (R, S)."""
+        main = self.estimator.main
+        row = sum(v[0].numel() * v.element_size() for v in x.values())
+        size = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row)))
+        for a in range(0, len(proxy), size):
+            rows = slice(a, a + size)
+            seen = self.frame.standardise({k: v[owner[rows]] for k, v in x.items()}, proxy[rows])
+            yield rows, main.context(main.prepare_differentiably(seen) if torch.is_grad_enabled() else main.prepare(seen))
+
+    # -------------------------------------------------------------------------------------------------- densities
+
+    @torch.no_grad()
+    def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
+        """The marginal log q(z | x) of z (B, n, D): (B, n); see the module's docstring."""
+        out, done = [], 0
+        for part in self._parts(x, CENTRES):
+            batch = len(next(iter(part.values())))
+            points = torch.as_tensor(z[done:done + batch], device=self.device)
+            out.append(self.marginal(points, part, self.centres(part, CENTRES), PROXIES).cpu().numpy())
+            done += batch
+        return np.concatenate(out)
+
+    @torch.no_grad()
+    def centres(self, x: dict[str, Tensor], count: int) -> Tensor:
+        """The poses (b, count, S) whose kernels are the density of proxies, always the same for one x in its place."""
+        return self.chain.sample(x, count, RECOVERY_SEED, device=str(self.device)).columns["pose"]
+
+    def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Tensor, proxies: int) -> Tensor:
+        """log q(z | x) of z (b, n, D): float64 (b, n), by so many proxies a theta; differentiable in x, with the centres held fast."""
+        batch, n, _ = z.shape
+        generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED))
+        each = z.flatten(0, 1).repeat_interleave(proxies, 0)
+        pose = self.frame.pose(each)
+        proxy = self.frame.blur(pose, generator)
+        apart = proxy.unflatten(0, (batch, -1))
+        conditional = self._log_conditional(each, x, apart)
+        of_proxy = self.log_proxy(apart, centres).flatten()
+        ratios = (conditional + of_proxy - self.frame.log_kernel(proxy, pose)).view(batch, n, proxies)
+        return torch.logsumexp(ratios, -1) - math.log(proxies)
+
+    def _log_conditional(self, z: Tensor, x: dict[str, Tensor], proxy: Tensor) -> Tensor:
+        """log q(z | x, proxy) of rows z (b m, D) for proxies (b, m, S): float64 (b m,)."""
+        flat = proxy.flatten(0, 1)
+        u, log_det = self.frame.to_relative(z, flat)
+        found = [self.inner.densities(u[rows], contexts).double() for rows, contexts in self._contexts_of(x, self._owner(proxy), flat)]
+        return torch.cat(found) + log_det
+
+    def log_proxy(self, proxy: Tensor, centres: Tensor) -> Tensor:
+        """The mixture's log-density (b, m) of proxies (b, m, S), for centres (b, N, S)."""
+        n, size, out = centres.shape[1], max(1, PAIRS_AT_ONCE // centres.shape[1]), []
+        for some, own in zip(proxy, centres, strict=True):
+            for part in some.split(size):
+                pairs = part[:, None].expand(-1, n, -1).flatten(0, 1), own[None].expand(len(part), -1, -1).flatten(0, 1)
+                out.append(torch.logsumexp(self.frame.log_kernel(*pairs).view(len(part), n), 1) - math.log(n))
+        return torch.cat(out).view(proxy.shape[:2])
+
+    @cached_property
+    def recovered(self) -> Chain:
+        """The chain with its density recovered, over z and the proxy."""
+        def log_prob(x: Any, columns: Columns) -> Tensor:
+            return self._log_conditional(columns["z"].flatten(0, 1), x, columns["proxy"]).view(columns["z"].shape[:2])
+
+        about = {"fit": "mixture of the kernels about the chains' poses"}
+        mixture = Recovery("proxies", ("proxy",), lambda x, columns, _: _Mixture(self, columns["pose"]), about, ("pose",))
+        return Chain([*self.chain.steps, mixture, Factor("main net again", ("z",), self._step, log_prob, ("proxy",))])
+
+    def _step(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
+        """One draw a proxy, not held to the prior's support, and its log q; NaN z where it lies outside, or once around a circle."""
+        proxy, zs, logs = columns["proxy"].flatten(0, 1), [], []
+        for rows, contexts in self._contexts_of(x, self._owner(columns["proxy"]), proxy):
+            u = self.inner.draws(contexts, 1, generator)[:, 0]
+            z, inside = self.frame.from_relative(u, proxy[rows])
+            back, log_det = self.frame.to_relative(z, proxy[rows])
+            alike = ((back - u).abs() <= 1e-3 * (1 + u.abs())).all(-1)
+            zs.append(torch.where((inside & alike)[:, None], z, torch.nan))
+            logs.append(self.inner.densities(u, contexts).double() + log_det)
+        return {"z": torch.cat(zs).unflatten(0, (-1, n))}, torch.cat(logs).unflatten(0, (-1, n))
+
+    @torch.no_grad()
+    def sample_and_log_prob(self, x: Fields, n: int, seed: int) -> tuple[NDArray[np.float32], Array, Array]:
+        """Draws by one step from the proxies' density: z (B, n, D), log q(z, proxy | x) (B, n), and log K(proxy | p(z)) (B, n), which
+        belongs into the target of importance weights; it is -inf of draws outside the prior's support. Raises ChainError."""
+        states = [self.recovered.sample(part, max(n, CENTRES), _own(seed, k), device=str(self.device))
+                  for k, part in enumerate(self._parts(x, max(n, CENTRES)))]
+        self._judge(states)
+        out = []
+        for state in states:
+            z, proxy = (state.columns[name].flatten(0, 1) for name in ("z", "proxy"))
+            outside = z.isnan().any(-1)
+            z = torch.where(outside[:, None], 0.0, z)
+            log_kernel = torch.where(outside, -torch.inf, self.frame.log_kernel(proxy, self.frame.pose(z)))
+            shape = state.log_weight.shape
+            out.append([v.unflatten(0, shape)[:, :n].cpu().numpy() for v in (z, log_kernel)] + [state.log_q[:, :n].cpu().numpy()])
+        z, log_kernel, log_q = (np.concatenate(part) for part in zip(*out, strict=True))
+        return z, log_q, log_kernel
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The steps of the chain, density recovery included, for the certificate."""
+        return self.recovered.description()
+
+
+class _Mixture:
+    """The density of proxies: kernels about poses (b, N, S)."""
+
+    def __init__(self, sampler: GNPESampler, poses: Tensor) -> None:
+        self.sampler, self.poses = sampler, poses
+
+    def draw(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
+        """Proxies, with their log-density."""
+        poses = self.poses
+        which = torch.randint(poses.shape[1], (len(poses), n, 1), generator=generator, device=poses.device)
+        proxy = self.sampler.frame.blur(poses.gather(1, which.expand(-1, -1, poses.shape[-1])).flatten(0, 1), generator)
+        proxy = proxy.unflatten(0, (-1, n))
+        return {"proxy": proxy}, self.sampler.log_proxy(proxy, poses)
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """The rule of the module's docstring, for the column `pose`."""
+
+    action: GroupAction
+    widths: tuple[float, ...]
+    most_steps: int
+
+    def watch(self, x: Any, columns: Columns) -> _Watch:
+        return _Watch(self, columns["pose"])
+
+    def describe(self) -> dict[str, Any]:
+        return {"stops": "converged in mean and spread of the pose", "within": NEAR, "most_steps": self.most_steps}
+
+
+class _Watch:
+    """The pose over the steps: (T, b, P) means and standard deviations of coordinates from a fixed centre, and lag-1 correlations."""
+
+    def __init__(self, rule: Convergence, pose: Tensor) -> None:
+        centre, v = centred(rule.action, pose)
+        self.rule, self.back = rule, rule.action.inverse(centre)[:, None]
+        self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
+        self.last = v
+
+    @staticmethod
+    def _sd(v: Tensor) -> Tensor:
+        return v.std(1).clamp_min(1e-300)
+
+    @property
+    def steps(self) -> int:
+        return len(self.rhos)
+
+    def done(self, columns: Columns) -> bool:
+        """Take in poses (b, C, S): whether all observations have converged, or the steps are used up."""
+        pose, action = columns["pose"], self.rule.action
+        back = self.back.expand(*pose.shape[:2], -1)
+        v = action.log(action.compose(back.flatten(0, 1), pose.flatten(0, 1))).unflatten(0, pose.shape[:2])
+        mean, sd = v.mean(1), self._sd(v)
+        self.rhos.append(((v - mean[:, None]) * (self.last - self.means[-1][:, None])).mean(1) / (sd * self.sds[-1]))
+        self.means.append(mean)
+        self.sds.append(sd)
+        self.last = v
+        return self.steps >= self.rule.most_steps or bool(self._converged().all())
+
+    def _rho(self) -> Tensor:
+        """(b, P): the mean over the later half of the steps."""
+        return torch.stack(self.rhos[len(self.rhos) // 2:]).mean(0).clamp(0.01, 0.999)
+
+    def _converged(self) -> Tensor:
+        """(b,)."""
+        rho, steps, means, sds = self._rho(), self.steps, torch.stack(self.means), torch.stack(self.sds)
+        half = torch.ceil(math.log(2) / -rho.log()).long().clamp(min=1)
+        error = ERRORS / math.sqrt(self.last.shape[1])
+        ago = (steps - half).clamp(min=0)[None]
+        start = (means[0] - means[-1]).abs() / sds[-1] + (sds[0] / sds[-1]).log().abs() + error
+        near = start * rho**steps <= NEAR
+        drift = (means[-1] - means.gather(0, ago)[0]).abs() / sds[-1] <= NEAR + error
+        width = (sds[-1] / sds.gather(0, ago)[0]).log().abs() <= NEAR + error
+        return (near & drift & width & (steps >= 2 * half)).all(-1)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Per observation: the largest lag-1 correlation over coordinates, that which theory gives for the spread there, and whether the
+        chains have not converged."""
+        variance = self.sds[-1].square()
+        theory = variance / (variance + variance.new_tensor(self.rule.widths).square())
+        return {"rho": self._rho().max(-1).values.tolist(), "theory": theory.max(-1).values.tolist(),
+                "unconverged": (~self._converged()).cpu().numpy()}
+
+
+def _own(seed: int, part: int) -> int:
+    return seed if part == 0 else int(np.random.SeedSequence(seed, spawn_key=(0x6E9F, part)).generate_state(1, np.uint64)[0] >> 2)
+
+
+def _some(rows: NDArray[np.intp], most: int = 5) -> str:
+    return ", ".join(map(str, rows[:most])) + (", ..." if len(rows) > most else "")

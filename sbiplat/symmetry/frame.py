@@ -1,0 +1,198 @@
+r"""The frame of a proxy: theta and x as they are seen from :math:`\hat g`,
+
+.. math:: x' = T_{\hat g}^{-1} x, \qquad u = \big( \mathrm{chart}(\hat g^{-1} \theta)_{\text{moved}}, \; z_{\text{others}} \big),
+          \qquad q(z | x, \hat g) = q(u | x', \hat g) \, |\det du / dz| ,
+
+with z the prior's normal coordinates. Where the action is exact and the prior is flat over the kernel, q(u | x', g) does not depend on
+the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy` of x'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from sbiplat.errors import SettingError
+from sbiplat.laws import Independent
+from sbiplat.marginals import Marginal, standard_normal_log_prob
+from sbiplat.observation import ObservationSpec
+from sbiplat.prior import Prior
+from sbiplat.settings import unknown
+from sbiplat.symmetry.action import Fields, GroupAction
+
+PROXY = "proxy"
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """widths: kappa of each tangent coordinate, in its own unit. told: of each coordinate, whether the net is told the proxy's."""
+
+    action: GroupAction
+    prior: Prior
+    widths: tuple[float, ...]
+    told: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        check_parameters(self.action, self.prior)
+
+    # --------------------------------------------------------------------------------------------------- columns
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        return [self.prior.names.index(p) for p in self.action.parameters]
+
+    @cached_property
+    def _moved(self) -> list[tuple[int, int, Marginal]]:
+        """Of each moved parameter: its place among the action's, its place in theta, its law."""
+        names = self.prior.names
+        return [(self.action.parameters.index(p), names.index(p), self.prior.law.marginals[names.index(p)]) for p in self.action.moved]
+
+    @property
+    def moved(self) -> list[int]:
+        """The columns of theta that the action moves."""
+        return [k for _, k, _ in self._moved]
+
+    # ----------------------------------------------------------------------------------------------------- theta
+
+    def parameters(self, z: Tensor) -> Tensor:
+        """The action's own columns of theta, float64 (B, k), of z (B, D)."""
+        theta = self.prior.constrain(z.detach().double().cpu().numpy())[:, self._columns]
+        return torch.as_tensor(theta, device=z.device)
+
+    def pose(self, z: Tensor) -> Tensor:
+        """p(theta) of z (B, D): (B, S)."""
+        return self.action.pose_of(self.parameters(z))
+
+    def kernel_widths(self, like: Tensor) -> Tensor:
+        """kappa, (P,), as a tensor."""
+        return torch.tensor(self.widths, dtype=torch.float64, device=like.device)
+
+    def blur(self, pose: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Proxies of poses (B, S)."""
+        return self.action.blur(pose, self.kernel_widths(pose), generator)
+
+    def log_kernel(self, proxy: Tensor, pose: Tensor) -> Tensor:
+        """log K(proxy | pose), (B,)."""
+        return self.action.log_kernel(proxy, pose, self.kernel_widths(pose))
+
+    def to_relative(self, z: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
+        """u float32 (B, D) of z (B, D) seen from proxies (B, S), and log |det du / dz|, float64 (B,)."""
+        if not self._moved:
+            return z, torch.zeros(len(z), dtype=torch.float64, device=z.device)
+        theta = self.parameters(z)
+        seen, log_det = self.action.act_theta(self.action.inverse(proxy), theta)
+        chart, log_chart = self.action.chart(seen)
+        u, log_det = z.clone(), log_det + log_chart
+        for place, k, law in self._moved:
+            u[:, k] = chart[:, place].to(u.dtype)
+            own = standard_normal_log_prob(z[:, k].detach().double().cpu().numpy()) - law.log_prob(theta[:, place].cpu().numpy())
+            log_det = log_det + torch.as_tensor(own, device=z.device)
+        return u, log_det
+
+    def from_relative(self, u: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, D) of u (B, D), and whether each lies in the prior's support (B,); z is clipped into it where it does not."""
+        if not self._moved:
+            return u, torch.ones(len(u), dtype=torch.bool, device=u.device)
+        seen = self._placed(u)
+        theta, _ = self.action.act_theta(proxy, self.action.unchart(seen))
+        z, inside = u.clone(), np.ones(len(u), bool)
+        for place, k, law in self._moved:
+            values = theta[:, place].cpu().numpy()
+            good = law.contains(values)
+            inside &= good
+            low, high = law.support
+            values = np.where(good, values, np.clip(np.nan_to_num(values), low, high))
+            with np.errstate(divide="ignore", invalid="ignore"):
+                own = np.clip(law.to_normal(values), -EDGE, EDGE)
+            z[:, k] = torch.as_tensor(own, device=u.device).to(u.dtype)
+        return z, torch.as_tensor(inside, device=u.device)
+
+    def _placed(self, u: Tensor) -> Tensor:
+        """The action's columns of u: the chart's numbers where it moves, theta elsewhere."""
+        z = u.clone()
+        z[:, self.moved] = 0.0
+        seen = self.parameters(z)
+        for place, k, _ in self._moved:
+            seen[:, place] = u[:, k].double()
+        return seen
+
+    # --------------------------------------------------------------------------------------------------------- x
+
+    def standardise(self, x: Fields, proxy: Tensor) -> Fields:
+        """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them."""
+        out = self.action.act_data(self.action.inverse(proxy), x)
+        if any(self.told):
+            coordinates = self.action.log(proxy)[:, [k for k, told in enumerate(self.told) if told]]
+            out = {**out, PROXY: coordinates.to(next(iter(x.values())).dtype)}
+        return out
+
+    def spec(self, x: ObservationSpec) -> ObservationSpec:
+        """The form of x'."""
+        if not any(self.told):
+            return x
+        if PROXY in x.shapes:
+            raise SettingError(f"x has a field {PROXY!r} of its own, and GNPE adds one of that name; call it something else")
+        return ObservationSpec.declare({**x.shapes, PROXY: (sum(self.told),)}, x.dtype, {**x.transform, PROXY: "none"})
+
+    # ------------------------------------------------------------------------------------------- how far it is exact
+
+    def slope_of_prior(self, z: Tensor, generator: torch.Generator) -> tuple[float, float]:
+        """How far the prior is from flat over the kernel, of rows z (N, D): the root mean square of log p(h theta) |det| / p(theta)
+        over moves h of the kernel that stay in the support, and the share of moves that leave it."""
+        theta = self.parameters(z)
+        if not self._moved:
+            return 0.0, 0.0
+        pose = self.action.pose_of(theta)
+        moved, log_det = self.action.act_theta(self.action.compose(self.blur(pose, generator), self.action.inverse(pose)), theta)
+        change, inside = log_det.cpu().numpy().copy(), np.ones(len(theta), bool)
+        for place, _, law in self._moved:
+            before, after = theta[:, place].cpu().numpy(), moved[:, place].cpu().numpy()
+            good = law.contains(after)
+            inside &= good
+            change += np.where(good, law.log_prob(np.where(good, after, before)) - law.log_prob(before), 0.0)
+        return float(np.sqrt(np.mean(change[inside] ** 2))) if inside.any() else float("inf"), float(1 - inside.mean())
+
+
+EDGE = 8.0  # of z: within a part in 10^15 of an edge of the support
+
+
+def check_parameters(action: GroupAction, prior: Prior) -> None:
+    """Raises SettingError where the action's parameters are not the prior's, or the prior's are dependent."""
+    for name in action.parameters:
+        if name not in prior.names:
+            raise SettingError(f"the symmetry acts on {name!r}, which is no parameter; "
+                               + str(unknown(name, list(prior.names))).partition("; ")[2])
+    if not isinstance(prior.law, Independent):
+        raise SettingError("a symmetry needs a prior of independent parameters (sp.Prior of one law each), and this one is joint")
+
+
+def widths_of(action: GroupAction, given: Mapping[str, Any]) -> dict[str, float]:
+    """Widths that a user gave, by coordinate; raises SettingError."""
+    for name, width in given.items():
+        if name not in action.coordinates:
+            raise SettingError(f"kernel width of {name!r}: " + str(unknown(name, list(action.coordinates))).partition("; ")[2])
+        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < float("inf"):
+            raise SettingError(f"kernel width of {name} = {width!r}: expected a number above 0, in the coordinate's own unit")
+    return {k: float(v) for k, v in given.items()}
+
+
+def centred(action: GroupAction, poses: Tensor) -> tuple[Tensor, Tensor]:
+    """The centre (B, S) of poses (B, n, S), and their tangent coordinates from it, (B, n, P)."""
+    batch, n = poses.shape[:2]
+
+    def seen(centre: Tensor) -> Tensor:
+        back = action.inverse(centre)[:, None].expand(batch, n, -1)
+        return action.log(action.compose(back.flatten(0, 1), poses.flatten(0, 1))).unflatten(0, (batch, n))
+
+    centre = poses[:, 0]
+    for _ in range(2):
+        centre = action.compose(centre, action.exp(seen(centre).median(1).values))
+    return centre, seen(centre)

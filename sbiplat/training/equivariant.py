@@ -1,0 +1,133 @@
+r"""The two trainings of GNPE: the initial net into OUT/initial, the kernel's width from its spread, then the main net.
+
+The width of each tangent coordinate is :math:`\kappa = r s`, with s the median standard deviation of the initial net's posterior over
+validation rows. For a Gaussian pose a Gibbs step contracts by :math:`\rho = s^2 / (s^2 + \kappa^2)`, and from five standard
+deviations off to a twentieth it takes :math:`\ln 100 / \ln(1 / \rho)` steps: 7 at r = 1, 21 at 0.5, 119 at 0.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sbiplat.bank.stream import pairs_at
+from sbiplat.errors import SettingError
+from sbiplat.estimators.base import Architecture, Estimator
+from sbiplat.estimators.conditioned import Conditioned
+from sbiplat.estimators.equivariant import INITIAL, Equivariant, PoseNet, initial_settings
+from sbiplat.estimators.npe import NPESettings
+from sbiplat.nets.standardise import robust_scale
+from sbiplat.progress import Progress
+from sbiplat.runs import Run
+from sbiplat.settings import build as build_settings
+from sbiplat.settings import split as split_settings
+from sbiplat.symmetry import names
+from sbiplat.symmetry.frame import Frame, centred, widths_of
+from sbiplat.symmetry.settings import GNPE
+from sbiplat.training.begin import Plan, TrainSettings
+
+ROWS, DRAWS = 200, 200  # of which the spread is measured
+MOST_PREDICTED = 200
+FAR, NEAR = 5.0, 0.05  # standard deviations
+MOST_SLOPE, MOST_LEAVING = 0.05, 0.02
+_SEED = 0x5EAD
+CarryOut = Callable[..., Run]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Of each tangent coordinate its width, the initial net's spread and whether the net is told the proxy; slope (rms of the change of
+    the log prior over a kernel's move) and leaving (share of moves that leave the support) say how far the prior is from flat."""
+
+    widths: tuple[float, ...]
+    spread: tuple[float, ...]
+    told: tuple[bool, ...]
+    slope: float
+    leaving: float
+
+
+def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) -> Plan:
+    """The training of the main net, once that of the initial one is finished; raises SettingError for a kernel that cannot work."""
+    assert wanted.action is not None
+    if not issubclass(wanted.architecture.kind, Conditioned):
+        raise SettingError(f"symmetry = {GNPE!r} goes with npe, fmpe and npse, and the estimator is {wanted.architecture.estimator}")
+    initial = carry_out(_of_pose(wanted), out / "initial", progress)
+    kernel = measured(wanted, initial)
+    for name, width, spread in zip(wanted.action.coordinates, kernel.widths, kernel.spread, strict=True):
+        progress.say(f"{name}: the initial net's spread is {spread:.3g}, the kernel's width {width:.3g}; from five spreads off a chain "
+                     f"takes about {predicted_steps(width / spread):.0f} steps")
+    if wanted.symmetry.proxy != "told":
+        progress.say(f"over a kernel's move the log prior changes by {kernel.slope:.3g} (rms), and {kernel.leaving:.2%} of moves leave "
+                     f"the prior's support: the net is {'told' if any(kernel.told) else 'not told'} the proxy"
+                     + ("" if all(kernel.told) or not any(kernel.told) else " of approximate factors"))
+    about = {**_action(wanted), "role": GNPE, "widths": list(kernel.widths), "told": list(kernel.told), "spread": list(kernel.spread),
+             "slope": kernel.slope, "leaving": kernel.leaving, "gibbs_steps": wanted.symmetry.gibbs_steps,
+             "initial": asdict(initial.architecture.settings), "initial_weights": initial.weights_digest}
+    weights = initial.estimator().state_dict()
+
+    def start(estimator: Estimator) -> None:
+        assert isinstance(estimator, Equivariant)
+        estimator.initial.load_state_dict(weights)
+
+    return replace(wanted, architecture=replace(wanted.architecture, symmetry=about), start=start)
+
+
+def predicted_steps(ratio: float) -> float:
+    """Steps from five spreads off to a twentieth, for a kernel of so many spreads."""
+    return math.log(FAR / NEAR) / math.log1p(ratio**2)
+
+
+def _action(wanted: Plan) -> dict[str, Any]:
+    assert wanted.action is not None
+    return {"action": names.describe(wanted.action), "prior": wanted.bank.header.prior.to_json()}
+
+
+def _of_pose(wanted: Plan) -> Plan:
+    """The training of the initial net: as the main one's, but for what `initial` says."""
+    given, shape = dict(wanted.symmetry.initial or {}), wanted.architecture
+    ours, theirs = split_settings(given, TrainSettings, NPESettings)
+    settings = initial_settings(shape.settings, theirs)
+    training = build_settings(TrainSettings, {**asdict(wanted.training), "defend": (), **ours})
+    architecture = Architecture("npe", settings, shape.dim, shape.x, shape.gaussianised, {**_action(wanted), "role": INITIAL})
+    return replace(wanted, architecture=architecture, training=training, action=None)
+
+
+def measured(wanted: Plan, initial: Run) -> Kernel:
+    """The kernel for a finished initial net."""
+    action, settings, net = wanted.action, wanted.symmetry, initial.estimator()
+    assert action is not None
+    assert isinstance(net, PoseNet)
+    pairs = pairs_at(wanted.bank, wanted.apart.validation[:ROWS])
+    x = {k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in pairs["x"].items()}
+    if wanted.observe is not None:
+        x = wanted.observe(x, torch.as_tensor(pairs["parameters"]), _SEED)
+    generator = torch.Generator().manual_seed(_SEED)
+    with torch.no_grad():
+        drawn = net.net.sample(net.context(net.prepare(x)), DRAWS, generator).double()
+    poses = action.exp(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
+    spread = centred(action, poses)[1].std(1).median(0).values
+    given = widths_of(action, settings.kernel_widths or {})
+    widths = tuple(given.get(name, settings.kernel_ratio * float(s)) for name, s in zip(action.coordinates, spread, strict=True))
+    z = torch.as_tensor(pairs["theta"])
+    frame = Frame(action, wanted.bank.header.prior, widths, (False,) * len(widths))
+    of_prior = robust_scale(action.log(frame.pose(z)).numpy())[1]
+    for name, width, s, most in zip(action.coordinates, widths, spread.tolist(), of_prior, strict=True):
+        if predicted_steps(width / s) > MOST_PREDICTED:
+            raise SettingError(f"the kernel of {name}, {width:.3g}, is far too narrow for a pose known to {s:.3g}: chains would take about "
+                               f"{predicted_steps(width / s):.0f} steps; take a width of {0.5 * s:.3g} to {s:.3g}")
+        if width >= most:
+            raise SettingError(f"the kernel of {name}, {width:.3g}, is as wide as the prior of the pose ({most:.3g}): nothing is "
+                               f"standardised by it; take a width below {s:.3g}, more simulations, or symmetry = \"none\"")
+    slope, leaving = frame.slope_of_prior(z, generator)
+    flat = slope <= MOST_SLOPE and leaving <= MOST_LEAVING
+    told: list[bool] = []
+    for factor in action.factors:
+        dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and flat))
+        told += [not dropped] * len(factor.coordinates)
+    return Kernel(widths, tuple(spread.tolist()), tuple(told), slope, leaving)
