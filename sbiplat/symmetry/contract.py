@@ -249,8 +249,8 @@ def _laws_on_data(action: GroupAction, rows: _Rows, x: dict[str, Tensor]) -> dic
         there = action.act_data(e, x)
         start = there if action.canonical else x
         figures = {"x, identity": _apart_data(action.act_data(e, start), start)}
-        laws = {"x, inverse": _apart_data(action.act_data(action.inverse(g), moved), start),
-                "x, composition": _apart_data(action.act_data(h, moved), action.act_data(action.compose(h, g), x))}
+        laws = {"x, inverse": _apart_data(action.act_data(action.inverse(g), moved), start, moved),
+                "x, composition": _apart_data(action.act_data(h, moved), action.act_data(action.compose(h, g), x), moved)}
         again = _apart_data(action.act_data(action.exp(action.log(g)), x), moved)
     _held(action, figures, DATA_ROUNDING, {"x, identity": "T_e x = x"})
     if action.exact:
@@ -308,12 +308,15 @@ def _error(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs() / (b.std(0, correction=0) + 1e-8 * b.abs().amax(0) + 1e-300)).max().item() if b.numel() else 0.0
 
 
-def _apart_data(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest RMS difference of a row's field, relative to the RMS of both."""
+def _apart_data(a: dict[str, Tensor], b: dict[str, Tensor], between: dict[str, Tensor] | None = None) -> float:
+    """The largest RMS difference of a row's field, relative to its RMS in b, or `between` where that is larger: there it was rounded."""
+    def rms(values: Tensor) -> Tensor:
+        return values.double().reshape(len(values), -1).square().mean(-1).sqrt()
+
     worst = 0.0
     for k in a:
-        difference, size = (v.double().reshape(len(v), -1).square().mean(-1).sqrt() for v in (a[k] - b[k], b[k].abs() + a[k].abs()))
-        worst = _largest(worst, (2 * difference / size.clamp(min=1e-300)).max().item())
+        size = rms(b[k]) if between is None else torch.maximum(rms(b[k]), rms(between[k]))
+        worst = _largest(worst, (rms(a[k] - b[k]) / size.clamp(min=1e-300)).max().item())
     return worst
 
 

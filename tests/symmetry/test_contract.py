@@ -53,7 +53,7 @@ def scaled(theta, noise):
 # ------------------------------------------------------------------------------------------------------ the algebra
 
 READY = [
-    (Translation(("a", "b"), "v"), {"a": sp.Normal(1e9, 1e3), "b": sp.Uniform(0, 1)}, (5, 2)),
+    (Translation(("a", "b"), "v"), {"a": sp.Normal(1e9, 1e5), "b": sp.Uniform(0, 1)}, (5, 2)),
     (TimeShift("t", 1e-3, "v", channels=(1,)), {"t": sp.Uniform(-0.1, 0.1)}, (2, 64)),
     (SpectrumShift("t", 0.25, 20.0, "v"), {"t": sp.Uniform(-0.1, 0.1)}, (2, 64)),
     (Scaling("s", "v"), {"s": sp.LogUniform(1e-23, 1e-20)}, (5,)),
