@@ -44,6 +44,7 @@ DATA_ROUNDING = 1e-4  # of x in float32, relative RMS
 FIXED = 1e-5  # spread of a number of x, relative to its field, below which it is no noise
 PERMUTATIONS = 1999
 POINTS = 16
+TRIALS = 4  # theta that are simulated twice, to see whether x is a function of theta
 FEWEST = 8  # simulations of a kind at a point
 NUMBERS = 2048  # of x that the test looks at, at most
 
@@ -233,8 +234,8 @@ def _laws_on_data(action: GroupAction, rows: _Rows, x: dict[str, Tensor]) -> dic
         there = action.act_data(e, x)
         start = there if action.canonical else x
         figures = {"x, identity": _apart_data(action.act_data(e, start), start)}
-        laws = {"x, inverse": _apart_data(action.act_data(action.inverse(g), moved), start),
-                "x, composition": _apart_data(action.act_data(h, moved), action.act_data(action.compose(h, g), x))}
+        laws = {"x, inverse": _apart_data(action.act_data(action.inverse(g), moved), start, moved),
+                "x, composition": _apart_data(action.act_data(h, moved), action.act_data(action.compose(h, g), x), moved)}
         again = _apart_data(action.act_data(action.exp(action.log(g)), x), moved)
     _held(action, figures, DATA_ROUNDING, {"x, identity": "T_e x = x"})
     if action.exact:
@@ -292,12 +293,15 @@ def _error(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs() / (b.std(0, correction=0) + 1e-8 * b.abs().amax(0) + 1e-300)).max().item() if b.numel() else 0.0
 
 
-def _apart_data(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """The largest RMS difference of a row's field, relative to the RMS of both."""
+def _apart_data(a: dict[str, Tensor], b: dict[str, Tensor], between: dict[str, Tensor] | None = None) -> float:
+    """The largest RMS difference of a row's field, relative to its RMS in b, or `between` where that is larger: there it was rounded."""
+    def rms(values: Tensor) -> Tensor:
+        return values.double().reshape(len(values), -1).square().mean(-1).sqrt()
+
     worst = 0.0
     for k in a:
-        difference, size = (v.double().reshape(len(v), -1).square().mean(-1).sqrt() for v in (a[k] - b[k], b[k].abs() + a[k].abs()))
-        worst = _largest(worst, (2 * difference / size.clamp(min=1e-300)).max().item())
+        size = rms(b[k]) if between is None else torch.maximum(rms(b[k]), rms(between[k]))
+        worst = _largest(worst, (rms(a[k] - b[k]) / size.clamp(min=1e-300)).max().item())
     return worst
 
 
@@ -349,7 +353,7 @@ def check_action(simulator: Simulator, action: Any = None, rows: int = 2048, sec
     algebra = check_algebra(action, simulator.prior, simulator.x, seed)
     exact = [f.exact and (f.moves or f.canonical) for f in action.factors]
     moving = [f.moves or f.canonical for f in action.factors]
-    runs = _Runs(simulator, seed, rows, began + seconds, (sum(moving) > 0) + (any(exact) and exact != moving))
+    runs = _Runs(simulator, seed, rows, seconds, shares=2 if any(exact) and exact != moving else 1)
     found = _compared(simulator, action, exact, runs) if any(exact) else None
     if found is not None:
         _refuse(action, exact, found)
@@ -392,9 +396,9 @@ def _refuse(action: GroupAction, exact: Sequence[bool], found: _Compared) -> Non
 class _Runs:
     """Simulations within a budget of rows and of time, shared by `shares` comparisons; a stream for every row."""
 
-    def __init__(self, simulator: Simulator, seed: int, rows: int, deadline: float, shares: int) -> None:
+    def __init__(self, simulator: Simulator, seed: int, rows: int, seconds: float, shares: int) -> None:
         self.simulator, self.seed, self.made = simulator, seed, 0
-        self.rows, self.deadline = rows // max(shares, 1), deadline
+        self.rows, self.seconds = rows // shares, seconds / shares
         self.row_seconds = 0.0
 
     def streams(self, count: int) -> list[np.random.Generator]:
@@ -426,16 +430,16 @@ def _compared(simulator: Simulator, action: GroupAction, which: Sequence[bool], 
     """T_g x and simulate(g theta), where the factors of `which` move."""
     theta, moved, g, kept = _points(simulator.prior, action, which, runs.seed)
     signal = _signal_difference(simulator, action, theta, moved, g)
-    first = runs(theta[:1])
-    repeat = runs(np.repeat(theta[:1], 2, axis=0))
-    still = all(np.array_equal(v[0], repeat[k][0]) and np.array_equal(v[0], repeat[k][1]) for k, v in first.items())
-    left = min(runs.rows - 3, int((runs.deadline - time.monotonic()) / max(runs.row_seconds, 1e-9)))
+    deadline = time.monotonic() + runs.seconds
+    first, repeat = runs(theta[:TRIALS]), runs(theta[:TRIALS])
+    still = all(np.array_equal(v, repeat[k], equal_nan=True) for k, v in first.items())
+    left = min(runs.rows - 2 * TRIALS, int((deadline - time.monotonic()) / max(runs.row_seconds, 1e-9)))
     points = min(POINTS if not still else len(theta), max(2, left // (2 * (1 if still else FEWEST))))
     theta, moved, g = theta[:points], moved[:points], g[:points]
     before: list[Fields] = []
     after: list[Fields] = []
     while len(before) < (1 if still else max(FEWEST, left // (2 * points))):
-        if before and time.monotonic() > runs.deadline:
+        if before and time.monotonic() > deadline:
             break
         before.append(_acted(simulator, action, g, runs(theta), runs.seed + len(before)))
         after.append(runs(moved))
