@@ -16,12 +16,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sbiplat import symmetry
     from sbiplat.bank.bank import Bank
     from sbiplat.bank.fill import simulate
     from sbiplat.command import command_simulator
     from sbiplat.diagnostics.attack import attack
     from sbiplat.diagnostics.predictive import predictive_check
-    from sbiplat.errors import Misspecified, Uncertified, UserError
+    from sbiplat.errors import Misspecified, Uncertified, Unreliable, UserError
     from sbiplat.gate.certificate import Certificate
     from sbiplat.gate.door import load
     from sbiplat.gate.examine import gate
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
     from sbiplat.posteriors.from_sbi import from_sbi
+    from sbiplat.posteriors.importance import Weighted
     from sbiplat.posteriors.nearest import nearest
     from sbiplat.prior import Beta, Gamma, HalfNormal, LogNormal, LogUniform, MultivariateNormal, Normal, Prior, TruncatedNormal, Uniform
     from sbiplat.report.page import report
@@ -49,7 +51,7 @@ _HOMES = {
     "sbiplat.bank.fill": ("simulate",),
     "sbiplat.command": ("command_simulator",),
     "sbiplat.diagnostics.predictive": ("predictive_check",),
-    "sbiplat.errors": ("Misspecified", "Uncertified", "UserError"),
+    "sbiplat.errors": ("Misspecified", "Uncertified", "Unreliable", "UserError"),
     "sbiplat.diagnostics.attack": ("attack",),
     "sbiplat.gate.certificate": ("Certificate",),
     "sbiplat.gate.door": ("load",),
@@ -62,6 +64,7 @@ _HOMES = {
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
     "sbiplat.posteriors.from_sbi": ("from_sbi",),
+    "sbiplat.posteriors.importance": ("Weighted",),
     "sbiplat.posteriors.nearest": ("nearest",),
     "sbiplat.prior": ("Beta", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Prior",
                       "TruncatedNormal", "Uniform"),
@@ -76,20 +79,23 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Bank", "Beta", "Certificate", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "Misspecified", "MultivariateNormal",
-    "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "UserError", "attack",
-    "command_simulator", "from_sbi", "gate", "learning_curve", "load", "local_c2st", "nearest", "pairs", "predictive_check",
-    "predictive_coverage", "read_observation", "recalibrate", "report", "simulate", "simulator", "train", "tune", "verify",
+    "Normal", "Posterior", "Prior", "Run", "Simulator", "TruncatedNormal", "Uncertified", "Uniform", "Unreliable", "UserError",
+    "Weighted", "attack", "command_simulator", "from_sbi", "gate", "learning_curve", "load", "local_c2st", "nearest", "pairs",
+    "predictive_check", "predictive_coverage", "read_observation", "recalibrate", "report", "simulate", "simulator", "symmetry",
+    "train", "tune", "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "symmetry":
+        return import_module("sbiplat.symmetry")
     if name not in _HOME:
         raise AttributeError(f"module 'sbiplat' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+    return sorted({*globals(), *_HOME, "symmetry"})
 
 
 class _Package(ModuleType):

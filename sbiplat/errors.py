@@ -52,6 +52,10 @@ class Misspecified(UserWarning):
     """A warning: an observation is unlike all that the simulator made, so that nothing vouches for its posterior."""
 
 
+class Unreliable(UserWarning):
+    """A warning: importance weights of which a few draws carry nearly all, so that neither draws nor evidence are to be relied on."""
+
+
 class Uncertified(UserError):
     """A posterior without a certificate that holds for its exact weights and bank."""
 

@@ -34,11 +34,12 @@ from sbiplat.cli.output import (
     Set,
     Signals,
     counts,
-    misspecified_in_a_line,
     say,
     show,
     warn,
+    warnings_in_a_line,
     write_draws,
+    write_weighted,
 )
 from sbiplat.errors import SettingError, UserError
 from sbiplat.files import is_disk_full
@@ -47,6 +48,7 @@ from sbiplat.launch import launched_rank, launched_ranks
 REFUSED = 3
 STOPPED = 130
 CHECK_SECONDS = 10.0
+SYMMETRY_SECONDS = 30.0  # of simulations that a symmetry is checked on
 
 app = typer.Typer(
     name="sbiplat", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -109,8 +111,49 @@ def simulators(
         "signal": simulator.signal.to_json() if simulator.observe else None,
         "tractable": [k for k in ("log_likelihood", "posterior_log_prob", "posterior_sampler") if getattr(simulator, k)],
         "check": asdict(result) if result else None,
+        "symmetry": _symmetry_of(simulator) if simulator.symmetry is not None and result else None,
     }
     show(as_json, card, _card_text(card))
+
+
+def _symmetry_of(simulator: Any) -> dict[str, Any]:
+    """A simulator's group action and what its contract check, in a child process, found."""
+    from sbiplat.bank.sandbox import apart
+
+    def work() -> dict[str, Any]:
+        from sbiplat.symmetry.contract import check_action
+        from sbiplat.symmetry.names import describe, resolve_action
+
+        action = resolve_action(simulator)
+        return {**describe(action, simulator), "check": asdict(check_action(simulator, action, seconds=SYMMETRY_SECONDS))}
+
+    found = apart(simulator, work, 4 * SYMMETRY_SECONDS)
+    return found if found is not None else {"check": None}
+
+
+def _symmetry_lines(symmetry: dict[str, Any]) -> list[str]:
+    check = symmetry["check"]
+    if check is None:
+        return [f"symmetry  check broken off after {4 * SYMMETRY_SECONDS:g} s"]
+    kind, moved = "exact" if check["exact"] else "approximate", ", ".join(check["parameters"]) or "no parameter"
+    on_data = ("x, inverse", "x, composition")
+    laws = [v for k, v in check["algebra"].items() if check["exact"] or k not in on_data]
+    lines = [f"symmetry  {check['action']}, {kind}, of {moved}; coordinates of its kernel: {', '.join(check['coordinates']) or 'none'}",
+             f"  the laws of a group hold to {max(laws):.0e}; {check['statement']}"]
+    if not check["exact"]:
+        lines.append(f"  approximate: on x they hold to {max(check['algebra'][k] for k in on_data):.1g} of it (random numbers for x)")
+    if check["kept"] is not None and check["kept"] < 1:
+        lines.append(f"  {check['kept']:.1%} of moved theta stay inside the prior's support")
+    if check["p_value"] is not None:
+        lines.append(f"  simulate(g theta) and T_g simulate(theta) agree: p = {check['p_value']:.2g}")
+    if check["difference"] is not None:
+        lines.append(f"  without noise they agree to {check['difference']:.1e} of x's spread")
+    told = check["inexact"] or {}
+    if told.get("shift") is not None:
+        lines.append(f"  approximate: means differ by {told['shift']:.2g} sd of the noise, sds by a factor of {told['noise_ratio']:.3g}")
+    if told.get("difference") is not None:
+        lines.append(f"  approximate: what has no noise differs by {told['difference']:.1e} of x's spread")
+    return lines
 
 
 def _card_text(card: dict[str, Any]) -> str:
@@ -128,6 +171,8 @@ def _card_text(card: dict[str, Any]) -> str:
     if card["signal"]:
         lines.append(f"signal  {card['signal']['shapes']}: banks hold it, and observe makes x of it in every epoch")
     lines.append(f"tractable  {', '.join(card['tractable']) or 'nothing declared'}")
+    if card["symmetry"]:
+        lines += _symmetry_lines(card["symmetry"])
     result = card["check"]
     if result is None:
         lines.append("check broken off: its rows took longer than the time limit; give a longer --time-limit, or fewer --rows")
@@ -289,6 +334,11 @@ def sample(
     refuse_misspecified: Annotated[
         bool, typer.Option("--refuse-misspecified", help="Exit 4 and write nothing, where the observation is unlike the simulations.")
     ] = False,
+    importance: Annotated[
+        bool, typer.Option("--importance", help="Add the weights, by the simulator's log_likelihood, that make the draws exact.")
+    ] = False,
+    simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance or a symmetry of your own, if it is not "
+                                                  "installed.")] = None,
     embedding: Embedding = None,
     as_json: Json = False,
 ) -> None:
@@ -296,11 +346,13 @@ def sample(
     from sbiplat.gate.door import load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.export import check_target
+    from sbiplat.posteriors.importance import likelihood_of, simulator_of_run
     from sbiplat.runs import Run
 
     check_target(out)
     opened = Run.open(run)
-    posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding)
+    posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding,
+                     simulator=simulator)
     if posterior.provenance["certified"] == "no":
         warn(f"uncertified: {posterior.provenance['refusal']}")
     if posterior.provenance.get("own_thresholds"):
@@ -308,7 +360,14 @@ def sample(
     if posterior.provenance.get("since_gate"):
         warn(f"changed since the gate: {posterior.provenance['since_gate']}")
     x = read_observation(observation, opened.x)
-    with misspecified_in_a_line():
+    if importance:
+        found = simulator_of_run(opened, simulator, f"sbiplat sample {run} --importance")
+        likelihood = likelihood_of(found, posterior)
+        with warnings_in_a_line():
+            weighted = posterior.importance(x, n, log_likelihood=likelihood, seed=seed)
+        write_weighted(weighted, out, as_json)
+        return
+    with warnings_in_a_line():
         theta = posterior.sample(x, n, seed=seed)
     write_draws(posterior, x, theta, out, n, seed, as_json)
 
@@ -332,7 +391,7 @@ def report(
     opened = Run.open(run)
     x = read_observation(observation, opened.x) if observation else None
     named = summaries_from(summaries) if summaries else None
-    with misspecified_in_a_line():
+    with warnings_in_a_line():
         path = write_report(opened, x, simulator=simulator, seed=seed, embedding=embedding, summaries=named)
     show(as_json, {"report": str(path)}, str(path))
 
@@ -345,7 +404,7 @@ def run(
     """Simulate, train, gate, sample and report; finished stages are skipped; exit 3 if the gate refuses."""
     from sbiplat.workflow import run_workflow
 
-    with misspecified_in_a_line():
+    with warnings_in_a_line():
         result = run_workflow(workflow, say=lambda line: print(line, file=sys.stderr, flush=True))  # noqa: T201
     show(as_json, result.to_json(), result.text())
     if not result.passed:

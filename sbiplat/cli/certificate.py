@@ -36,6 +36,7 @@ def show_certificate(path: CertificatePath, as_json: Json = False) -> None:
         "level": content["level"], "created": f"{content['created']}, in {content['cost']['seconds']:g} s on "
         f"{content['cost']['processes']} x {content['machine']['processor']}",
         "simulator": content["simulator"].get("name"), "estimator": content["estimator"],
+        **({"chain": certificate.chain} if certificate.chain else {}),
         "parameters": ", ".join(content["valid_for"]["parameters"]), "thresholds": certificate.own_thresholds or "those of the level",
         "signed by": content["signature"]["public_key"] if content.get("signature") else "nobody",
         **{f"{k} rows": v for k, v in ((k.removesuffix("_rows").replace("_", " "), v) for k, v in content["counts"].items())},

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sbiplat.errors import Misspecified
+from sbiplat.errors import Misspecified, Unreliable
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for machines.")]
 Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
@@ -37,18 +38,19 @@ def warn(text: str) -> None:
 
 
 @contextmanager
-def misspecified_in_a_line() -> Iterator[None]:
-    """The warning that an observation is unlike the bank, as one line."""
+def warnings_in_a_line() -> Iterator[None]:
+    """sbiplat's own warnings (an observation unlike the bank, weights that are not to be relied on), each as one line."""
     ordinary = warnings.showwarning
 
     def told(message: Any, category: type[Warning], *rest: Any, **named: Any) -> None:
-        if issubclass(category, Misspecified):
+        if issubclass(category, Misspecified | Unreliable):
             warn(str(message))
         else:
             ordinary(message, category, *rest, **named)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", Misspecified)
+        for own in (Misspecified, Unreliable):
+            warnings.simplefilter("always", own)
         warnings.showwarning = told
         yield
 
@@ -69,9 +71,34 @@ def write_draws(posterior: Any, x: Any, theta: Any, out: Path, n: int, seed: int
 
     facts = posterior.facts
     write_draws(out, posterior.prior, *posterior.x.batch(x), theta, seed, facts)
-    rows = [f"{name:16} {theta[..., k].mean():12.5g} +- {theta[..., k].std():.3g} {unit}".rstrip()
-            for k, (name, unit) in enumerate(zip(posterior.prior.names, posterior.prior.units, strict=True))]
-    summary = {"out": str(out), "n": n, "seed": seed, "certified": posterior.provenance["certified"] == "yes",
-               **{k: v for k, v in facts.items() if k.startswith("misspecification")},
-               "mean": theta.reshape(-1, theta.shape[-1]).mean(0).tolist(), "sd": theta.reshape(-1, theta.shape[-1]).std(0).tolist()}
-    show(as_json, summary, "\n".join([*(rows if theta.ndim == 2 else []), f"{out}: draws of shape {theta.shape}"]))
+    flat = theta.reshape(-1, theta.shape[-1])
+    _told(posterior, facts, theta, flat.mean(0), flat.std(0), out, n, seed, as_json)
+
+
+def write_weighted(weighted: Any, out: Path, as_json: bool) -> None:
+    """Write draws with importance weights to a file, and print their weighted means and sds, and what the weights are worth."""
+    weighted.write(out)
+    theta, facts = weighted.theta, weighted.facts
+    flat, weights = theta.reshape(-1, theta.shape[-1]), weighted.weights.reshape(-1)
+    mean = weights @ flat / weights.sum()
+    sd = (weights @ (flat - mean) ** 2 / weights.sum()) ** 0.5
+    figures = {k: _json(v) for k, v in facts.items() if k.startswith("importance")}
+    _told(weighted.posterior, facts, theta, mean, sd, out, theta.shape[-2], weighted.seed, as_json, figures, [weighted.text()])
+
+
+def _json(value: Any) -> Any:
+    """A figure, or an array of them, as JSON, which has no infinity."""
+    if hasattr(value, "tolist"):
+        return [_json(v) for v in value.tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _told(posterior: Any, facts: dict[str, Any], theta: Any, mean: Any, sd: Any, out: Path, n: int, seed: int, as_json: bool,
+          more: dict[str, Any] | None = None, lines: Sequence[str] = ()) -> None:
+    """Print what was drawn."""
+    rows = [f"{name:16} {m:12.5g} +- {s:.3g} {unit}".rstrip()
+            for name, unit, m, s in zip(posterior.prior.names, posterior.prior.units, mean, sd, strict=True)]
+    summary = {"out": str(out), "n": n, "seed": seed, "certified": facts["certified"] == "yes",
+               **{k: v for k, v in facts.items() if k.startswith("misspecification")}, **(more or {}),
+               "mean": mean.tolist(), "sd": sd.tolist()}
+    show(as_json, summary, "\n".join([*(rows if theta.ndim == 2 else []), *lines, f"{out}: draws of shape {theta.shape}"]))

@@ -17,6 +17,7 @@ from sbiplat.errors import Uncertified
 from sbiplat.gate import schema
 from sbiplat.gate.criteria import DRAFT, at_level
 from sbiplat.gate.criterion import Criterion
+from sbiplat.posteriors.steps import in_words
 from sbiplat.runs import Run
 from sbiplat.source import code_digest
 
@@ -61,6 +62,11 @@ class Certificate:
             return ""
         first, more = self.failed[0], f" (and {len(self.failed) - 1} more)" if len(self.failed) > 1 else ""
         return f"{first.name}: {first.statement}{more}; {first.mend}"
+
+    @property
+    def chain(self) -> str:
+        """The steps that the posterior is, in a line; "" of a certificate that does not say."""
+        return in_words(self.content.get("chain") or [])
 
     @property
     def figures(self) -> Mapping[str, Any]:

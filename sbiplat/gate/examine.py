@@ -163,6 +163,7 @@ def _written(examination: Examination, parts: list[Part], signer: Any, seconds: 
         "thresholds": asdict(examination.criteria),
         "valid_for": {"observations": 1, "parameters": run.prior.names, "device": examination.device},
         "estimator": run.architecture.estimator,
+        "chain": examination.examined.posterior.describe(),
         "simulator": bank.header.simulator,
         "seeds": {"gate": examination.examined.seed, "training": run.seed, "bank": bank.header.seed},
         "counts": {"bank_rows": bank.rows, "held_out_rows": rows["held_out"], "left_out_rows": rows["left_out"]},

@@ -96,7 +96,8 @@ def learning_curve(
     for name, share in SHARES.items():
         part = source.first(source.rows // share)
         progress.say(f"learning curve: training on {part.rows} rows")
-        wanted = plan(part, run.architecture.estimator, run.seed, simulator, {**asdict(run.architecture.settings), **settings, **_symmetry(run)})
+        wanted = plan(part, run.architecture.estimator, run.seed, simulator,
+                      {**asdict(run.architecture.settings), **settings, **_symmetry(run)})
         made = carry_out(wanted, run.path / "learning_curve" / name, progress)
         sizes.append(part.rows)
         found.append(_log_density(made, unseen, x, device))

@@ -40,6 +40,18 @@ class FindingForm(_Strict):
     command: str
 
 
+class StepForm(BaseModel):
+    """One step of the chain that the posterior is, with whatever more it says of itself. Older certificates have no chain."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+
+    step: str
+    name: str
+    needs: list[str] = []
+    gives: list[str] = []
+    steps: list[StepForm] = []
+
+
 class ValidFor(_Strict):
     """What the verdict holds for, besides the digests. observations: how many independent ones make one x."""
 
@@ -113,6 +125,7 @@ class CertificateForm(_Strict):
     figures: dict[str, JsonValue]
     valid_for: ValidFor
     estimator: str
+    chain: list[StepForm] | None = None
     simulator: dict[str, JsonValue]
     seeds: Seeds
     counts: Counts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from sbiplat.errors import Misspecified, PriorError, SettingError
 from sbiplat.observation import Fields, ObservationSpec
 from sbiplat.posteriors.export import to_arviz
+from sbiplat.posteriors.steps import describe
 from sbiplat.prior import Prior
 from sbiplat.settings import whole_seed
 
@@ -21,7 +23,11 @@ Array = NDArray[np.float64]
 
 
 class Sampler(Protocol):
-    """The core behind a posterior: draws and densities over unconstrained z, for B observations at once."""
+    """The core behind a posterior: draws and densities over unconstrained z, for B observations at once.
+
+    It may also have `describe() -> list`, the steps that it is (see steps.py), and `sample_and_log_prob(x, n, seed)`, the density of z
+    together with auxiliary variables (see `importance.JointSampler`).
+    """
 
     def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
         """(B, n, D) draws; the same seed gives the same draws."""
@@ -73,9 +79,7 @@ class Posterior:
         `Misspecified` where x is unlike all that the simulator made.
         """
         fields, batched = self.x.batch(x)
-        found = self.watch.warning(self._single(fields), self.sampler) if self.watch else None
-        if found is not None:
-            warnings.warn(found, stacklevel=2)
+        self.warn_if_misspecified(fields)
         z = self.unconstrained_sample(fields, n, fresh_seed() if seed is None else whole_seed(seed))
         theta = self.prior.constrain(z)
         return theta if batched else theta[0]
@@ -88,6 +92,18 @@ class Posterior:
         if self.watch is None:
             raise SettingError("the gate has calibrated no test of misspecification for this posterior; run `sbiplat gate` on its run")
         return self.watch.look(self._single(self.x.batch(x)[0]), self.sampler)
+
+    def warn_if_misspecified(self, fields: Fields, stacklevel: int = 3) -> None:
+        """Hold observations against the bank; warns with `Misspecified`, or raises Uncertified where it is to refuse."""
+        found = self.watch.warning(self._single(fields), self.sampler) if self.watch else None
+        if found is not None:
+            warnings.warn(found, stacklevel=stacklevel)
+
+    @property
+    def single_x(self) -> ObservationSpec:
+        """The form of one x, of those of which a set is made where there are sets."""
+        shapes = {name: shape[1:] if self.set_size else shape for name, shape in self.x.shapes.items()}
+        return replace(self.x, shapes=shapes)
 
     def _single(self, fields: Fields) -> Fields:
         """The same as single observations: those of sets one after the other."""
@@ -111,10 +127,14 @@ class Posterior:
             dim = self.prior.dim
             raise PriorError(f"theta has shape {theta.shape}; for {size} observations give ({size}, {dim}) or ({size}, n, {dim})")
         flat = theta.reshape(size if batched else 1, -1, self.prior.dim)
-        inside = self.prior.contains(flat)
-        z = self.prior.unconstrain(np.where(inside[..., None], flat, self.prior.constrain(np.zeros(self.prior.dim))))
+        return self.density(flat, fields).reshape(theta.shape[:-1])
+
+    def density(self, theta: Array, fields: Fields) -> Array:
+        """log q(theta | x) of theta (B, n, D), (B, n); -inf outside the support."""
+        inside = self.prior.contains(theta)
+        z = self.prior.unconstrain(np.where(inside[..., None], theta, self.prior.constrain(np.zeros(self.prior.dim))))
         log_q = self.sampler.log_prob(z.astype(np.float32), fields) - self.prior.log_abs_det_jacobian(z)
-        return np.where(inside, log_q, -np.inf).reshape(theta.shape[:-1])
+        return np.where(inside, log_q, -np.inf)
 
     def with_prior(self, prior: Prior) -> Posterior:
         r"""The posterior under another prior of the same parameters, for estimators that learn the likelihood or the ratio (nle, nre).
@@ -127,6 +147,18 @@ class Posterior:
         if not hasattr(self.sampler, "under"):
             raise SettingError("this estimator learns the posterior under the bank's prior, which cannot be changed; train nle or nre "
                                "for that")
+        self.require_within(prior)
+
+        def log_prior(z: Array) -> Array:
+            return prior.log_prob(self.prior.constrain(z)) + self.prior.log_abs_det_jacobian(z)
+
+        return replace(self, sampler=self.sampler.under(log_prior), provenance=self.uncovered("the prior was changed after the gate"),
+                       changed_prior=prior)
+
+    def require_within(self, prior: Prior) -> None:
+        """Raises PriorError where another prior is of other parameters, or reaches beyond the bank's, where nothing was simulated."""
+        if not isinstance(prior, Prior):
+            raise PriorError(f"prior must be a Prior, got {prior!r}")
         if prior.names != self.prior.names:
             raise PriorError(f"the other prior must be of the same parameters, {', '.join(self.prior.names)}")
         (low, high), (new_low, new_high) = self.prior.support, prior.support
@@ -135,11 +167,21 @@ class Posterior:
                 raise PriorError(f"the other prior reaches from {new_low[k]:g} to {new_high[k]:g} in {name}, beyond the bank's, "
                                  f"{low[k]:g} to {high[k]:g}: the likelihood is not known there; truncate it")
 
-        def log_prior(z: Array) -> Array:
-            return prior.log_prob(self.prior.constrain(z)) + self.prior.log_abs_det_jacobian(z)
+    def importance(
+        self, x: Any, n: int, *, simulator: Any = None, log_likelihood: Any = None, prior: Prior | None = None,
+        pinned: Mapping[str, float] | None = None, seed: int | None = None,
+    ) -> Any:
+        """n draws with importance weights, a `Weighted`: towards the exact posterior, by the simulator's log_likelihood (or one given),
+        under another prior, or given some parameters, `pinned` by name. See `posteriors.importance`."""
+        from sbiplat.posteriors.importance import importance
 
-        return replace(self, sampler=self.sampler.under(log_prior), provenance=self._uncovered("the prior was changed after the gate"),
-                       changed_prior=prior)
+        return importance(self, x, n, simulator=simulator, log_likelihood=log_likelihood, prior=prior, pinned=pinned, seed=seed)
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The chain of steps that it is, as JSON: the sampler's own, and the prior's bijection."""
+        steps = describe(self.sampler)
+        return [*steps, {"step": "reparametrisation", "name": "prior", "needs": [*steps[-1]["gives"]], "gives": ["theta"],
+                         "takes": [*steps[-1]["gives"]]}]
 
     def iid(self, k: int) -> Posterior:
         r"""The posterior given k independent observations of one theta, for estimators that learn the likelihood or the ratio (nle, nre).
@@ -159,9 +201,9 @@ class Posterior:
                                f"take iid({k}) of the first one")
         x = replace(self.x, shapes={name: (int(k), *shape) for name, shape in self.x.shapes.items()}, axis=("", ()))
         return replace(self, x=x, sampler=self.sampler.of_sets(int(k)), set_size=int(k),
-                       provenance=self._uncovered("the gate tested single observations"))
+                       provenance=self.uncovered("the gate tested single observations"))
 
-    def _uncovered(self, why: str) -> dict[str, Any]:
+    def uncovered(self, why: str) -> dict[str, Any]:
         """The provenance of a posterior that the certificate does not cover."""
         return {**self.provenance, "certified": "no", "refusal": why, "certificate": None}
 
@@ -200,9 +242,10 @@ class Posterior:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is written into files of draws: the provenance, and of the last draws the figures of the sampler and of the test of
-        misspecification, where there are any."""
-        return {**self.provenance, **getattr(self.sampler, "diagnostics", {}), **(self.watch.facts if self.watch else {})}
+        """What is written into files of draws: the provenance, the chain of steps as JSON, and of the last draws the figures of the sampler
+        and of the test of misspecification, where there are any."""
+        return {**self.provenance, "chain": json.dumps(self.describe()),
+                **getattr(self.sampler, "diagnostics", {}), **(self.watch.facts if self.watch else {})}
 
 
 def fresh_seed() -> int:

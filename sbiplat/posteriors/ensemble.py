@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Sampler
+from sbiplat.posteriors.steps import describe
 
 _KEY = 0xE45E
 
@@ -40,3 +42,7 @@ class EnsembleSampler:
 
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> NDArray[np.float64]:
         return np.logaddexp.reduce([member.log_prob(z, x) for member in self.members]) - np.log(len(self.members))
+
+    def describe(self) -> list[dict[str, Any]]:
+        return [{"step": "factor", "name": f"mixture of {len(self.members)}", "needs": [], "gives": ["z"], "density": True,
+                 "members": [describe(member) for member in self.members]}]

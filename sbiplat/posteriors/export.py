@@ -17,10 +17,12 @@ from sbiplat.observation import Fields
 from sbiplat.prior import Prior
 
 
-def to_arviz(prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any]) -> Any:
+def to_arviz(prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any],
+             log_weight: NDArray[np.float64] | None = None) -> Any:
     """InferenceData of draws theta, (n, D), or (B, n, D) for a batch of B observations: posterior, prior, observed_data.
 
-    One chain; in a batch every parameter has a third dimension `observation`. Units, seed and digests are attributes.
+    log_weight: (n,) or (B, n) of importance, into a group sample_stats. One chain; in a batch every parameter has a third dimension
+    `observation`. Units, seed and digests are attributes.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # ArviZ announces its own next version at every import
@@ -33,7 +35,8 @@ def to_arviz(prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64],
     data = arviz.from_dict(
         posterior=draws,
         observed_data={name: v if batched else v[0] for name, v in x.items()},
-        dims={name: ["observation"] for name in prior.names} if batched else None,
+        sample_stats=None if log_weight is None else {"log_weight": log_weight.T[None]},
+        dims={name: ["observation"] for name in (*prior.names, "log_weight")} if batched else None,
         posterior_attrs=attrs,
         attrs=attrs,
     )
@@ -55,34 +58,44 @@ def check_target(path: Path) -> None:
 
 
 def write_draws(
-    path: Path, prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any]
+    path: Path, prior: Prior, x: Fields, batched: bool, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any],
+    log_weight: NDArray[np.float64] | None = None,
 ) -> None:
-    """Write draws as .nc (ArviZ), .h5 (/theta with names and units as attributes) or .csv (a header of names, a row a draw)."""
+    """Write draws as .nc (ArviZ), .h5 (/theta with names and units as attributes) or .csv (a header of names, a row a draw).
+
+    log_weight: of importance, (n,) or (B, n); /log_weight in .h5, the last column of .csv.
+    """
     check_target(path)
     with files.disk_errors(path), files.atomic_path(path) as temporary:
         if path.suffix.lower() == ".nc":
-            tree = to_arviz(prior, x, batched, theta, seed, provenance).to_datatree()
+            tree = to_arviz(prior, x, batched, theta, seed, provenance, log_weight).to_datatree()
             temporary.write_bytes(tree.to_netcdf(engine="h5netcdf"))  # at once: HDF5 that meets a full disk may crash at exit
         elif path.suffix.lower() == ".h5":
-            _write_hdf5(temporary, prior, x, theta, seed, provenance)
+            _write_hdf5(temporary, prior, x, theta, seed, provenance, log_weight)
         else:
-            _write_csv(temporary, prior, theta)
+            _write_csv(temporary, prior, theta, log_weight)
 
 
-def _write_hdf5(path: Path, prior: Prior, x: Fields, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any]) -> None:
+def _write_hdf5(path: Path, prior: Prior, x: Fields, theta: NDArray[np.float64], seed: int, provenance: Mapping[str, Any],
+                log_weight: NDArray[np.float64] | None) -> None:
     import h5py
 
     with h5py.File(path, "w") as file:
         file["theta"] = theta
         file["theta"].attrs.update({"parameters": list(prior.names), "units": list(prior.units)})
+        if log_weight is not None:
+            file["log_weight"] = log_weight
         for name, values in x.items():
             file[f"observation/{name}"] = values
         file.attrs.update({"seed": seed, **{k: v for k, v in provenance.items() if v is not None}})
 
 
-def _write_csv(path: Path, prior: Prior, theta: NDArray[np.float64]) -> None:
+def _write_csv(path: Path, prior: Prior, theta: NDArray[np.float64], log_weight: NDArray[np.float64] | None) -> None:
     """One observation: the parameters. A batch: a first column `observation` with its place in the batch."""
     names, rows = list(prior.names), theta
+    if log_weight is not None:
+        names, theta = [*names, "log_weight"], np.concatenate([theta, log_weight[..., None]], axis=-1)
+        rows = theta
     if theta.ndim == 3:
         owner = np.repeat(np.arange(len(theta)), theta.shape[1])[:, None]
         names, rows = ["observation", *names], np.concatenate([owner, theta.reshape(-1, theta.shape[-1])], axis=1)

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sbiplat.errors import RunError
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Sampler
+from sbiplat.posteriors.steps import describe
 
 Array = NDArray[np.float64]
 QUANTILES = (0.03, 0.12, 0.3, 0.5, 0.7, 0.88, 0.97)
@@ -91,6 +92,11 @@ class RecalibratedSampler:
         mean, sd = moments(self.inner, x)
         y, log_slope = self.maps.inverse((np.asarray(z, float) - mean[:, None]) / sd[:, None])
         return self.inner.log_prob((mean[:, None] + sd[:, None] * y).astype(np.float32), x) + log_slope
+
+    def describe(self) -> list[dict[str, Any]]:
+        inner = describe(self.inner)
+        return [*inner, {"step": "reparametrisation", "name": "recalibration", "needs": [*inner[-1]["gives"]], "gives": ["stretched z"],
+                         "takes": [*inner[-1]["gives"]]}]
 
 
 def moments(sampler: Sampler, x: Fields) -> tuple[Array, Array]:

@@ -37,6 +37,7 @@ from sbiplat.progress import Progress
 from sbiplat.report import figures, predictive, tested, worst
 from sbiplat.runs import Run
 from sbiplat.simulator import Simulator, available, resolve
+from sbiplat.symmetry import names
 
 Array = NDArray[np.float64]
 PRIOR_DRAWS = 50_000
@@ -75,6 +76,8 @@ def report(
     progress = progress or Progress.auto()
     path = Path(out) if out else run.path / "report.html"
     x = _observation(run, observation, progress)
+    if simulator is not None:
+        names.register_of(simulator)
     found = _find_simulator(run, simulator)
     verdict = _verdict(run)
     posterior, change, why = _posterior(run, verdict, x, found, int(draws), int(seed), embedding, summaries, progress)
@@ -425,6 +428,8 @@ def _what(run: Run, found: Found, verdict: Verdict) -> dict[str, Any]:
         seeds += [(k, v) for k, v in _items(verdict.certificate.content.get("seeds")) if k not in dict(seeds)]
         digests.append(("certificate", verdict.certificate.sha256))
     estimator = [("estimator", run.architecture.estimator), *_items(record["architecture"].get("settings"))]
+    if verdict.certificate is not None and verdict.certificate.chain:
+        estimator.insert(1, ("chain of steps", verdict.certificate.chain))
     parameters = zip(run.prior.names, run.prior.units, _laws(run.prior), *run.prior.support, strict=True)
     return {
         "summary": simulator.summary if simulator else "", "citation": simulator.citation if simulator else "",

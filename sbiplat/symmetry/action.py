@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from sbiplat.errors import SymmetryError
 from sbiplat.lazy import Lazy
 
 if TYPE_CHECKING:
@@ -35,12 +37,14 @@ class GroupAction:
     parameters: the columns of theta that it moves or that its pose is made of. coordinates: names of the P tangent coordinates, by which
     kernel widths are given. size: S, the numbers that hold an element. exact: whether the equation of the module holds; elsewhere it is
     approximate, and the net gets the proxy too. moves: whether act_theta moves theta; a derived pose that no motion of theta
-    belongs to, such as arrival times from a sky position, is approximate and moves nothing.
+    belongs to, such as arrival times from a sky position, is approximate and moves nothing. canonical: whether act_data also brings x to
+    a standard form of what `scramble` leaves open, so that T_e x need not be x.
     """
 
     parameters: tuple[str, ...] = ()
     exact: bool = True
     moves: bool = True
+    canonical: bool = False
 
     @property
     def coordinates(self) -> tuple[str, ...]:
@@ -81,8 +85,15 @@ class GroupAction:
         """The coordinates (B, P) of an element nearest to 0: exp(log(g)) = g."""
         return g
 
+    def between(self, pose: Tensor, other: Tensor) -> Tensor:
+        """The coordinates (B, P) of what carries a pose to another; of the nearest, where poses are known up to a subgroup."""
+        return self.log(self.compose(self.inverse(pose), other))
+
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
-        """The coordinates that give the element exp(v), with v among them; of a circle v + 2 pi k, as many as a kernel can reach."""
+        """The coordinates that give the pose of exp(v), with v among them; of a circle v + 2 pi k, as many as a kernel can reach.
+
+        Where several elements give one pose (an ellipse that is turned by pi is the same), the coordinates of all of them.
+        """
         return (v,)
 
     def log_volume(self, v: Tensor) -> Tensor:
@@ -112,6 +123,10 @@ class GroupAction:
         """The inverse of `chart`."""
         return u
 
+    def scramble(self, x: Fields, generator: torch.Generator) -> Fields:
+        """x moved at random by a symmetry that leaves theta and has no pose, where the action has one: the order of a set's elements."""
+        return x
+
     # ------------------------------------------------------------------------------------------------- the kernel
 
     def blur(self, g: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -131,3 +146,36 @@ class GroupAction:
     def to_json(self) -> dict[str, Any] | None:
         """What makes a ready-made action again without any code of a user's; None of a user's own."""
         return None
+
+
+class ReadyMade(GroupAction):
+    """An action that comes with sbiplat: a frozen dataclass, whose fields make it again."""
+
+    def to_json(self) -> dict[str, Any] | None:
+        if type(self).__module__.rpartition(".")[0] != __package__:
+            return None  # a user's own, made out of a ready-made one
+        return {"action": type(self).__name__, **{f.name: _plain(getattr(self, f.name)) for f in fields(self)}}
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def names_of(what: str, given: Any) -> tuple[str, ...]:
+    """One name or several, all different, as a tuple; raises SymmetryError."""
+    found = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, tuple | list) else ()
+    if not found or not all(isinstance(n, str) and n for n in found) or len(set(found)) < len(found):
+        raise SymmetryError(f"{what} = {given!r}: expected a name, or different names")
+    return found
+
+
+def positive(what: str, value: Any) -> None:
+    """Raises SymmetryError unless value is a number above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise SymmetryError(f"{what} = {value!r}: expected a number above 0")
+
+
+def whole(what: str, value: Any) -> None:
+    """Raises SymmetryError unless value is a whole number from 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SymmetryError(f"{what} = {value!r}: expected a whole number from 1")

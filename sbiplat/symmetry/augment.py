@@ -35,32 +35,41 @@ _SEED = 0xA06
 
 @dataclass(frozen=True)
 class Augmentation:
-    """frame: of the exact factors; its widths are the proposal's. acceptance: the share of proposals that are accepted over the prior.
-    left: coordinates of approximate factors, by which nothing is moved."""
+    """frame: of the exact factors that move theta; its widths are the proposal's. acceptance: the share of proposals that are accepted over
+    the prior. sets: the factors that leave theta, whose elements are put in random order. left: coordinates of approximate factors, by
+    which nothing is moved."""
 
     frame: Frame
     acceptance: float
+    sets: tuple[GroupAction, ...]
     left: tuple[str, ...]
 
     @classmethod
     def of(cls, action: GroupAction, prior: Prior) -> Augmentation:
         """By the exact factors of an action; raises SettingError where it has none."""
         exact = [f for f in action.factors if f.exact and f.moves]
-        left = tuple(c for f in action.factors if not (f.exact and f.moves) for c in f.coordinates)
-        if not exact:
+        sets = tuple(f for f in action.factors if f.exact and f.canonical)
+        left = tuple(c for f in action.factors if not f.exact for c in f.coordinates)
+        if not exact and not sets:
             raise SettingError("symmetry = 'augment' moves rows by exact actions alone, and the simulator's is approximate in "
                                f"{', '.join(left)}: moved rows would be of another simulator; take symmetry = \"gnpe\" or \"none\"")
+        if not exact:
+            return cls(Frame(sets[0], prior, (), ()), 1.0, sets, left)
         part = exact[0] if len(exact) == 1 else Product(*exact)
         rng = np.random.default_rng(np.random.SeedSequence(_SEED))
         z = torch.as_tensor(prior.unconstrain(prior.sample(rng, ROWS)))
         told = (False,) * len(part.coordinates)
         spread = robust_scale(part.log(Frame(part, prior, (1.0,) * len(told), told).pose(z)).numpy())[1]
-        made = cls(Frame(part, prior, tuple((STEP / math.sqrt(len(told)) * spread).tolist()), told), 0.0, left)
+        made = cls(Frame(part, prior, tuple((STEP / math.sqrt(len(told)) * spread).tolist()), told), 0.0, sets, left)
         accepted = made.proposed(z, torch.Generator().manual_seed(_SEED))[2]
-        return cls(made.frame, float(accepted.double().mean()), left)
+        return cls(made.frame, float(accepted.double().mean()), sets, left)
 
     def __call__(self, z: Tensor, x: Fields, generator: torch.Generator) -> tuple[Tensor, Fields]:
         """z (B, D) and x, as the simulator returns it, of rows after a step; those that stay are left untouched."""
+        for action in self.sets:
+            x = action.scramble(x, generator)
+        if not self.frame.widths:
+            return z, x
         h, moved, accepted = self.proposed(z, generator)
         rows = torch.nonzero(accepted)[:, 0]
         if not len(rows):
@@ -81,5 +90,7 @@ class Augmentation:
     def words(self) -> str:
         """What is done, on one line."""
         widths = ", ".join(f"{c} by {w:.3g}" for c, w in zip(self.frame.action.coordinates, self.frame.widths, strict=True))
-        return (f"augment: every batch's rows are moved at random ({widths}, in the standard deviation of what is proposed), and "
-                f"{self.acceptance:.0%} of moves are accepted" + (f"; not by {', '.join(self.left)}: approximate" if self.left else ""))
+        moves = (f" are moved at random ({widths}, in the standard deviation of what is proposed), and {self.acceptance:.0%} of moves are "
+                 "accepted") if widths else ""
+        order = f"{' and' if widths else ''} have their elements in random order" if self.sets else ""
+        return (f"augment: rows of every batch{moves}{order}" + (f"; not by {', '.join(self.left)}: approximate" if self.left else ""))

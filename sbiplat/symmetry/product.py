@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sbiplat.errors import SymmetryError
 from sbiplat.lazy import Lazy
 from sbiplat.symmetry.action import Fields, GroupAction
 
@@ -16,18 +18,34 @@ else:
 
 
 class Product(GroupAction):
-    """The direct product: each factor acts with its own part of g, the last one first.
+    """The direct product: each factor acts with its own part of g, the last one first (so that a Permutation, which sorts, is given first).
 
     Factors may share parameters of which poses are made, but at most one moves a parameter; a factor's pose must not change when another
     acts (an arrival-time difference under a common shift of time).
     """
 
     def __init__(self, *factors: GroupAction) -> None:
+        if wrong := next((f for f in factors if not isinstance(f, GroupAction)), None):
+            raise SymmetryError(f"a Product is of actions, got {wrong!r}")
         self._factors = tuple(part for f in factors for part in f.factors)
         self.parameters = tuple(dict.fromkeys(p for f in self._factors for p in f.parameters))
         self._columns = [[self.parameters.index(p) for p in f.parameters] for f in self._factors]
         self.exact = all(f.exact for f in self._factors)
         self.moves = any(f.moves for f in self._factors)
+        self.canonical = any(f.canonical for f in self._factors)
+        if not self._factors:
+            raise SymmetryError("a Product needs at least one action")
+        if twice := next((c for c in self.coordinates if self.coordinates.count(c) > 1), None):
+            raise SymmetryError(f"two factors of a Product have a coordinate {twice!r}: each moves or measures something else")
+
+    def __repr__(self) -> str:
+        return f"Product({', '.join(map(repr, self._factors))})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Product) and self._factors == other._factors
+
+    def __hash__(self) -> int:
+        return hash(self._factors)
 
     @property
     def factors(self) -> tuple[GroupAction, ...]:
@@ -66,6 +84,14 @@ class Product(GroupAction):
     def log(self, g: Tensor) -> Tensor:
         return torch.cat([f.log(a) for f, a in zip(self._factors, self._elements(g), strict=True)], -1)
 
+    def preimages(self, v: Tensor) -> Sequence[Tensor]:
+        each = [f.preimages(a) for f, a in zip(self._factors, self._tangents(v), strict=True)]
+        return [torch.cat(parts, -1) for parts in itertools.product(*each)]
+
+    def between(self, pose: Tensor, other: Tensor) -> Tensor:
+        parts = zip(self._factors, self._elements(pose), self._elements(other), strict=True)
+        return torch.cat([f.between(a, b) for f, a, b in parts], -1)
+
     def log_volume(self, v: Tensor) -> Tensor:
         return sum(f.log_volume(a) for f, a in zip(self._factors, self._tangents(v), strict=True))
 
@@ -89,6 +115,11 @@ class Product(GroupAction):
                 theta, total = theta.index_copy(1, torch.as_tensor(c, device=theta.device), moved), total + log_det
         return theta, total
 
+    def scramble(self, x: Fields, generator: torch.Generator) -> Fields:
+        for f in self._factors:
+            x = f.scramble(x, generator)
+        return x
+
     def chart(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         total = theta.new_zeros(len(theta))
         for f, c in zip(self._factors, self._columns, strict=True):
@@ -105,4 +136,4 @@ class Product(GroupAction):
 
     def to_json(self) -> dict[str, Any] | None:
         parts = [f.to_json() for f in self._factors]
-        return None if any(p is None for p in parts) else {"action": "Product", "factors": parts}
+        return None if type(self) is not Product or any(p is None for p in parts) else {"action": "Product", "factors": parts}

@@ -4,8 +4,9 @@ r"""Shifts in time of sampled signals and of spectra,
 
 A series is shifted by its discrete Fourier transform, so it is periodic, and t need not be a whole number of samples: the group law
 :math:`T_s T_t = T_{s + t}` holds to rounding, and :math:`T_t` is orthogonal, so that white noise (and any that is stationary on the
-circle) keeps its law. With an even number of samples the highest frequency is real, and no continuous group can turn it: it stays as it is. So a
-whole number of samples is a roll of the series but for the sign of that one frequency, of which a band-limited signal has nothing.
+circle) keeps its law. With an even number of samples the highest frequency is real, and no continuous group can turn it: it stays as it
+is. So a whole number of samples is a roll of the series but for the sign of that one frequency, of which a band-limited signal has
+nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sbiplat.errors import SymmetryError
 from sbiplat.lazy import Lazy
-from sbiplat.symmetry.action import Fields, GroupAction
+from sbiplat.symmetry.action import Fields, ReadyMade, positive
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +71,8 @@ def checked_channels(channels: Any) -> tuple[int, ...] | None:
     return found
 
 
-def _positive(name: str, value: Any) -> None:
-    if not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise SymmetryError(f"{name} = {value!r}: expected a number above 0")
-
-
 @dataclass(frozen=True)
-class TimeShift(GroupAction):
+class TimeShift(ReadyMade):
     """theta + t, and series of the field, shape (..., T), later by t; `spacing`: seconds a sample.
 
     channels: the rows of (..., C, T) that are shifted, by default all.
@@ -89,7 +85,7 @@ class TimeShift(GroupAction):
     exact: bool = True
 
     def __post_init__(self) -> None:
-        _positive("spacing", self.spacing)
+        positive("spacing", self.spacing)
         object.__setattr__(self, "channels", checked_channels(self.channels))
 
     @property
@@ -99,13 +95,9 @@ class TimeShift(GroupAction):
     def act_data(self, g: Tensor, x: Fields) -> Fields:
         return {**x, self.field: on_channels(x[self.field], self.channels, -2, lambda s: shift_series(s, g[:, 0], self.spacing))}
 
-    def to_json(self) -> dict[str, Any]:
-        return {"action": "TimeShift", "parameter": self.parameter, "spacing": self.spacing, "field": self.field,
-                "channels": None if self.channels is None else list(self.channels), "exact": self.exact}
-
 
 @dataclass(frozen=True)
-class SpectrumShift(GroupAction):
+class SpectrumShift(ReadyMade):
     """theta + t, and spectra of the field, shape (..., 2, F), real and imaginary parts at f_min + k df, times exp(-2 pi i f t).
 
     channels: the rows of (..., C, 2, F) that are shifted, by default all.
@@ -119,7 +111,7 @@ class SpectrumShift(GroupAction):
     exact: bool = True
 
     def __post_init__(self) -> None:
-        _positive("df", self.df)
+        positive("df", self.df)
         object.__setattr__(self, "channels", checked_channels(self.channels))
 
     @property
@@ -130,7 +122,3 @@ class SpectrumShift(GroupAction):
         values = x[self.field]
         frequencies = self.f_min + self.df * torch.arange(values.shape[-1], dtype=torch.float64, device=values.device)
         return {**x, self.field: on_channels(values, self.channels, -3, lambda s: shift_spectrum(s, g[:, 0], frequencies))}
-
-    def to_json(self) -> dict[str, Any]:
-        return {"action": "SpectrumShift", "parameter": self.parameter, "df": self.df, "f_min": self.f_min, "field": self.field,
-                "channels": None if self.channels is None else list(self.channels), "exact": self.exact}

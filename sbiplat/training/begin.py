@@ -28,12 +28,14 @@ from sbiplat.source import source_digest
 from sbiplat.symmetry import names
 from sbiplat.symmetry.action import GroupAction
 from sbiplat.symmetry.augment import Augmentation
-from sbiplat.symmetry.frame import PROXY, check_parameters, widths_of
+from sbiplat.symmetry.contract import check_action, check_algebra
+from sbiplat.symmetry.frame import PROXY, widths_of
 from sbiplat.symmetry.settings import AUGMENT, GNPE, NONE, SymmetrySettings
 from sbiplat.training.defence import checked
 
 PRECISIONS = ("float32", "bf16")
 HELD_OUT_LEAST = 500
+CHECKED_ROWS, CHECKED_SECONDS = 1024, 10.0  # of simulations on which a symmetry is checked before a training
 PLAIN = SymmetrySettings()
 
 
@@ -102,6 +104,7 @@ class Plan:
     observe: Observe | None
     symmetry: SymmetrySettings = PLAIN
     action: GroupAction | None = None  # of the simulator, where symmetry asks for it
+    simulator: Simulator | None = None  # then
     augmentation: Augmentation | None = None  # what moves rows, where symmetry is augment
     start: Callable[[Estimator], None] | None = None  # what an estimator is given before its training
 
@@ -156,22 +159,32 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
     made = Plan(bank, architecture, training, seed, apart, observe, symmetry)
     if symmetry.symmetry == NONE:
         return made
-    action = action_of(made, simulator)
-    return replace(made, action=action, augmentation=Augmentation.of(action, prior) if symmetry.symmetry == AUGMENT else None)
+    action, made_by = action_of(made, simulator)
+    augmentation = Augmentation.of(action, prior) if symmetry.symmetry == AUGMENT else None
+    return replace(made, action=action, simulator=made_by, augmentation=augmentation)
 
 
-def action_of(plan: Plan, simulator: Simulator | str | None) -> GroupAction:
-    """The action of the simulator that made the bank; raises SettingError where it has none, or it does not go with the training."""
+def action_of(plan: Plan, simulator: Simulator | str | None) -> tuple[GroupAction, Simulator]:
+    """The action of the simulator that made the bank, and it; raises a UserError where there is none, or it does not go with the training.
+    """
     bank, kind = plan.bank, plan.symmetry.symmetry
     made_by = simulator_of(bank.header, bank.path, simulator, f"sbiplat train {bank.path}")
     if made_by.symmetry is None:
         raise SettingError(f"symmetry = {kind!r}: the simulator {made_by.name!r} declares no symmetry; give it one "
                            "(@sp.simulator(..., symmetry=...)), or leave the setting away")
     action = names.resolve_action(made_by.symmetry)
-    check_parameters(action, bank.header.prior)
     if kind == GNPE:
         _check_gnpe(plan, action)
-    return action
+    check_algebra(action, bank.header.prior, plan.architecture.x)
+    names.describe(action, made_by)  # registers it, so that this process finds it again
+    return action, made_by
+
+
+def check_symmetry(plan: Plan) -> None:
+    """Hold the action against a few simulations; raises SymmetryError where it is declared exact and is not."""
+    assert plan.simulator is not None
+    if not plan.simulator.parallel:  # whose ranks are not here
+        check_action(plan.simulator, plan.action, rows=CHECKED_ROWS, seconds=CHECKED_SECONDS)
 
 
 def _check_gnpe(plan: Plan, action: GroupAction) -> None:
@@ -196,7 +209,8 @@ def check_place(out: Path) -> None:
 
 
 def check_bank(plan: Plan, progress: Progress) -> None:
-    """All that can be told of the bank before anything is written: every byte, and how many rows failed; raises RunError."""
+    """All that can be told of the bank before anything is written: every byte, how many rows failed, and of what is to move them whether
+    it is a symmetry; raises RunError, SymmetryError."""
     bank, apart, estimator = plan.bank, plan.apart, plan.architecture.estimator
     problems = bank.verify(progress)
     if problems:
@@ -209,6 +223,8 @@ def check_bank(plan: Plan, progress: Progress) -> None:
         progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: "
                      "the posterior is given that a simulation succeeds"
                      + ("" if plan.augmentation is None else ", and moved rows may lie where one would have failed"))
+    if plan.augmentation is not None:
+        check_symmetry(plan)
 
 
 def same_training(record: Mapping[str, Any], out: Path) -> Run:

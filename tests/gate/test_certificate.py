@@ -1,6 +1,7 @@
 """The certificate: bound to the exact weights, configuration and bank; one changed byte and the door stays shut."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from conftest import QUICK
 
 import sbiplat as sp
 from sbiplat.errors import BankError, RunError, Uncertified
+from sbiplat.gate.certificate import Certificate, hashed
 from sbiplat.progress import silent
+from sbiplat.runs import Run
 
 
 @pytest.fixture
@@ -239,3 +242,30 @@ def test_few_pairs_say_what_they_cannot_see(run_copy):
     assert "from chance from 0.12 on" in few.statement
     assert "from chance from 0.08 on" in many.statement
     assert not sp.gate(run_copy, progress=silent, n=150).passed
+
+
+def test_it_says_of_which_steps_the_posterior_is_a_chain(run_copy):
+    content = json.loads((run_copy / "certificate.json").read_text())
+    assert [(s["step"], s["name"], s["gives"]) for s in content["chain"]] == [("factor", "NPE", ["z"]), ("reparametrisation", "prior", ["theta"])]
+    shown = subprocess.run([sys.executable, "-m", "sbiplat", "certificate", "show", str(run_copy)], capture_output=True, text=True, timeout=60)
+    assert re.search(r"^chain +NPE -> z; prior \(reparametrisation\) -> theta$", shown.stdout, re.M), shown.stderr
+
+
+def test_an_older_certificate_without_a_chain_still_opens_the_door(run_copy):
+    content = json.loads((run_copy / "certificate.json").read_text())
+    del content["chain"]
+    content["sha256"] = hashed(content)
+    (run_copy / "certificate.json").write_text(json.dumps(content))
+    assert sp.load(run_copy).provenance["certified"] == "yes"
+    assert Certificate.read(Run.open(run_copy)).chain == ""
+
+
+@pytest.mark.parametrize("chain", ["NPE", [{}], [{"step": "factor", "name": 3}], [{"step": "gibbs", "name": "g", "steps": [{"name": "k"}]}]])
+def test_a_chain_of_another_form_is_one_clear_line(run_copy, chain):
+    content = json.loads((run_copy / "certificate.json").read_text())
+    content["chain"] = chain
+    content["sha256"] = hashed(content)
+    (run_copy / "certificate.json").write_text(json.dumps(content))
+    with pytest.raises(Uncertified, match=r"of another format \(chain") as error:
+        sp.load(run_copy)
+    assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from sbiplat.bank.stream import Batches
 from sbiplat.errors import OtherTraining, SettingError
 from sbiplat.estimators.base import Estimator
 from sbiplat.progress import Progress, silent
-from sbiplat.symmetry import GroupAction, Product, TimeShift, Translation
+from sbiplat.symmetry import GroupAction, Permutation, Product, Rotation3D, TimeShift, Translation
 from sbiplat.symmetry.augment import Augmentation
 from sbiplat.training import batches, trainer
 from simulators import damped_oscillator as oscillator
@@ -149,6 +149,38 @@ def test_an_oscillator_moves_with_its_signal_and_within_the_prior():
     share = float((moved[:, 2] != z[:, 2]).double().mean())
     assert abs(share - augment.acceptance) < 5 * 0.5 * np.sqrt(1 / 2000 + 1 / 4096)
     assert worst((theta[:, 2], stats.uniform(-5, 5))) > 1e-3
+
+
+def test_the_elements_of_a_set_come_in_another_order_for_every_row():
+    """A set of draws around mu: its order alone, and beside a translation."""
+    prior = sp.Prior({"mu": sp.Normal(0, 1)})
+    z, x = rows_of(prior, lambda theta, rng: theta + np.arange(5.0), 500)
+    for action in (Permutation(), Product(Translation(("mu",)), Permutation())):
+        moved, seen = Augmentation.of(action, prior)(z, x, generator())
+        mu = torch.as_tensor(prior.constrain(moved.numpy()))
+        torch.testing.assert_close(seen["x"].sort(1).values - mu, torch.arange(5.0, dtype=torch.float64).expand(500, 5))
+        first = (seen["x"] - mu)[:, 0]
+        assert torch.equal(moved, z) == isinstance(action, Permutation)
+        assert all(abs(float((first - k).abs().lt(1e-6).double().mean()) - 0.2) < 5 * 0.4 / np.sqrt(500) for k in range(5))
+
+
+def test_an_orientation_of_the_haar_measure_is_always_moved_and_stays_haar():
+    prior = sp.Prior({"alpha": sp.Uniform(0, 2 * np.pi), "cos_beta": sp.Uniform(-1, 1), "gamma": sp.Uniform(0, 2 * np.pi)})
+    action = Rotation3D(("alpha", "cos_beta", "gamma"))
+    axis = torch.tensor([[0.3, -0.5, 0.8]], dtype=torch.float64)
+    z, _ = rows_of(prior, lambda theta, rng: theta)
+
+    def seen_from(z):
+        pose = action.pose_of(torch.as_tensor(prior.constrain(z.numpy())))
+        return action.act_data(pose, {"x": axis.expand(len(z), 3)})["x"]
+
+    augment = Augmentation.of(action, prior)
+    assert augment.acceptance > 0.999
+    moved, x = augment(z, {"x": seen_from(z)}, generator())
+    theta = prior.constrain(moved.numpy())
+    laws = (stats.uniform(0, 2 * np.pi), stats.uniform(-1, 2), stats.uniform(0, 2 * np.pi))
+    assert worst(*zip(theta.T, laws, strict=True)) > 1e-3
+    torch.testing.assert_close(x["x"], seen_from(moved), atol=1e-6, rtol=0)
 
 
 # ---------------------------------------------------------------------------------------------------------- training
