@@ -136,6 +136,36 @@ def test_with_circular_padding_and_mean_pooling_no_shift_can_be_seen(kind, size)
         assert (other(torch.roll(x, 3, axes[-1])) - other(x)).abs().max() > 0.01, "the test can fail"
 
 
+@pytest.mark.parametrize("kind", ["cnn1d", "resnet1d"])
+def test_a_strided_net_follows_shifts_by_multiples_of_its_total_stride_alone(kind):
+    """With strides, circular padding moves the last places along: three stages halve three times, so 8 samples are one place."""
+    x, net = rows(3, 1, 64), built(kind, (1, 64), padding="circular", pooling="flatten", channels=(4, 4, 6))
+    places = net.stages(x)
+    assert places.shape[-1] == 8
+    for shift in range(1, 17):
+        moved = net.stages(torch.roll(x, shift, -1))
+        if shift % 8 == 0:
+            torch.testing.assert_close(moved, torch.roll(places, shift // 8, -1), atol=2e-6, rtol=2e-6)
+        else:
+            assert (moved.mean(-1) - places.mean(-1)).abs().max() > 1e-3, "so the mean over places would see the shift"
+
+
+def test_the_context_of_a_whole_estimator_sees_no_shift():
+    """Standardisation and the regression, too, treat all places alike."""
+    spec, series = ObservationSpec.declare((24,)), rows(400, 24) * 3 + torch.linspace(0, 5, 24)
+    invariant = {"embedding": "resnet1d", "padding": "circular", "pooling": "mean", "channels": (4, 8), "kernel": 3}
+    for settings, sees in ((invariant, False), ({**invariant, "padding": "zeros"}, True), ({"embedding": "mlp"}, True)):
+        estimator = architecture(spec, **settings).build()
+        estimator.fit_scales(series[:, :1], {"x": series})
+        context = [estimator.context(estimator.prepare({"x": torch.roll(series, k, 1)})) for k in (0, 1, 5)]
+        assert context[0].std(0).max() > 0.01
+        for other in context[1:]:
+            if sees:
+                assert (other - context[0]).abs().max() > 1e-3
+            else:
+                torch.testing.assert_close(other, context[0], atol=5e-6, rtol=5e-6)
+
+
 @pytest.mark.parametrize("kind", ["transformer", "settransformer"])
 def test_the_fused_kernel_gives_what_the_formula_gives(kind):
     net, x = built(kind, (32,)), rows(3, 32)
