@@ -145,7 +145,7 @@ def _checked(name: str, value: Any, hint: Any, about: Mapping[str, Any]) -> Any:
 
 
 def _kind_name(kind: Any) -> str:
-    if str in typing.get_args(kind):
+    if typing.get_origin(kind) is tuple and str in typing.get_args(kind):
         return "a text, or a list of texts"
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Mapping: "a table"}
     return names.get(typing.get_origin(kind) or kind, "a list of whole numbers")

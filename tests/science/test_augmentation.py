@@ -10,7 +10,7 @@ from simulators import damped_oscillator as oscillator
 
 
 @pytest.mark.science
-def test_a_thousand_oscillators_that_are_shifted_in_time_tell_two_nats_more(tmp_path):
+def test_a_thousand_oscillators_that_are_shifted_in_time_tell_more(tmp_path):
     bank = sp.simulate(oscillator.damped_oscillator, 1000, 1, tmp_path / "bank", workers=1, progress=silent)
     rng = np.random.default_rng(99)
     theta = oscillator.prior.sample(rng, 500)
@@ -20,4 +20,4 @@ def test_a_thousand_oscillators_that_are_shifted_in_time_tell_two_nats_more(tmp_
         run = sp.train(bank, "npe", out=tmp_path / symmetry, simulator=oscillator.damped_oscillator, progress=silent, symmetry=symmetry)
         told[symmetry] = from_run(run).log_prob(theta[:, None], x)[:, 0]
     gain = told["augment"] - told["none"]
-    assert gain.mean() - 3 * gain.std() / np.sqrt(500) > 1.0, "in nats; it is about 2 here"
+    assert gain.mean() - 3 * gain.std() / np.sqrt(500) > 0.3, "in nats; the noise is drawn afresh in both"

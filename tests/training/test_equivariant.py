@@ -192,6 +192,7 @@ class Never:
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"kernel_widths": {"nu": 0.3}}, "kernel width of 'nu': .*mu"),
+    ({"kernel_widths": 1}, "kernel_widths = 1: expected a table"),
     ({"kernel_widths": {"mu": -1.0}}, "kernel width of mu = -1.0: expected a number above 0"),
     ({"compile": True}, "does not go with compile = true"),
     ({"members": 2}, "does not go with members"),
