@@ -13,7 +13,6 @@ time is fixed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +44,7 @@ class Detector:
     x_arm: tuple[float, float, float]
     y_arm: tuple[float, float, float]
 
-    @cached_property
+    @property
     def tensor(self) -> Array:
         """D, (3, 3)."""
         return 0.5 * (np.outer(self.x_arm, self.x_arm) - np.outer(self.y_arm, self.y_arm))
@@ -77,8 +76,8 @@ def direction(ra: Any, sin_dec: Any, lib: Any = np) -> tuple[Any, Any, Any]:
 
 
 def around_baseline(a: Detector, b: Detector, u: Array) -> Array:
-    """(ra, sin_dec) (B, 2) of points u (B, 2) of the unit square, equal areas of the sky for equal areas: u_1 is linear in the delay between two
-    detectors, u_2 the angle around their baseline."""
+    """(ra, sin_dec) (B, 2) of points u (B, 2) of the unit square, equal areas of the sky for equal areas: u_1 is linear in the delay
+    between two detectors, u_2 the angle around their baseline."""
     axis = np.subtract(a.vertex, b.vertex)
     axis = axis / np.linalg.norm(axis)
     one = np.cross(axis, (0.0, 0.0, 1.0))

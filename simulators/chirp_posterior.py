@@ -109,8 +109,8 @@ class Problem:
 
     def _propose(self, data: NDArray[np.complex128], density: Array, span: Array, count: int,
                  rng: np.random.Generator) -> tuple[NDArray[np.int64], Array, Array, Array, NDArray[np.complex128], Array]:
-        """A block of proposals: their cells (B, 4) of the histograms, theta (B, 7) at 1 Mpc, log p (B,), times (T,), the matched filter z (B, T) at
-        these, and N (B,)."""
+        """A block of proposals: their cells (B, 4) of the histograms, theta (B, 7) at 1 Mpc, log p (B,), times (T,), the matched filter z
+        (B, T) at these, and N (B,)."""
         cells = np.stack([rng.choice(BINS, BLOCK, p=row / BINS) for row in density], 1)
         log_p = np.log(density[np.arange(4), cells]).sum(1)
         u = (cells + rng.random(cells.shape)) / BINS
