@@ -54,6 +54,8 @@ from sbiplat.runs import Run
 from sbiplat.settings import build, read_toml, setting, split, unknown
 from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
+from sbiplat.symmetry import names
+from sbiplat.symmetry.settings import SymmetrySettings
 from sbiplat.training.begin import TrainSettings
 from sbiplat.training.defence import checked
 from sbiplat.training.trainer import train
@@ -167,9 +169,10 @@ class _Workflow:
     def _check_training(self) -> None:
         kind = find_trained_here(self.estimator)
         theirs = kind.settings_class
-        ours, rest = split(self.train, TrainSettings, theirs)
+        ours, rest, groups = split(self.train, TrainSettings, theirs, SymmetrySettings)
         checked(build(TrainSettings, ours).defend, self.estimator, kind)
         build(theirs, rest)
+        build(SymmetrySettings, groups)
 
     def _check_draws(self, table: SampleTable) -> None:
         if not table.observation:
@@ -185,6 +188,7 @@ class _Workflow:
                                "then run the workflow without mpiexec")
         with self._mistakes_in("simulate"):
             simulator = resolve(self._place(self.simulate.simulator))
+            names.register_of(simulator)
         with self._mistakes_in("sample"):
             observation = self._observation(simulator)
         with self._mistakes_in("train"):
@@ -208,7 +212,7 @@ class _Workflow:
     def _check_net(self, simulator: Simulator) -> None:
         """Make the net once: an embedding that cannot take this x is told of now."""
         theirs = find(self.estimator).settings_class
-        _, rest = split(self.train, TrainSettings, theirs)
+        _, rest, _ = split(self.train, TrainSettings, theirs, SymmetrySettings)
         if "embedding" in rest:
             rest["embedding"] = embeddings.register(rest["embedding"])
         prior = simulator.prior

@@ -17,13 +17,24 @@ Source: Dax et al. (2022), Group equivariant neural posterior estimation, which 
 window, the filter, the noise and the priors' ranges are set here, so that the shift is exact.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import numpy as np
 from scipy.ndimage import maximum_filter
 
+from sbiplat.lazy import Lazy
 from sbiplat.prior import Prior, Uniform, standard_normal_log_prob
 from sbiplat.simulator import simulator
 from sbiplat.symmetry import TimeShift
-from simulators.reference import Reference, modes
+from simulators.reference import Reference, clear, finite, modes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    torch = Lazy("torch")
 
 SAMPLES = 201
 SPACING = 0.1  # s
@@ -73,7 +84,7 @@ def rough_fits(x: np.ndarray, most: int = 6) -> np.ndarray:
 
 def reference(x: np.ndarray, rng: np.random.Generator) -> Reference:
     """The exact posterior of z, the prior's normal coordinates."""
-    x = np.asarray(x, float)
+    x = finite(x, "damped_oscillator")
 
     def residuals(z: np.ndarray) -> np.ndarray:
         return np.append((signal(prior.constrain(z[None]))[0] - x) / NOISE, z)
@@ -81,7 +92,8 @@ def reference(x: np.ndarray, rng: np.random.Generator) -> Reference:
     def log_density(z: np.ndarray) -> np.ndarray:
         return log_likelihood(prior.constrain(z), x) + standard_normal_log_prob(z).sum(-1)
 
-    return Reference(log_density, modes(residuals, prior.unconstrain(rough_fits(x))), rng, "damped_oscillator")
+    found = clear(modes(residuals, prior.unconstrain(rough_fits(x))), x, NOISE, "damped_oscillator")
+    return Reference(log_density, found, rng, "damped_oscillator")
 
 
 def posterior_sampler(x: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -96,8 +108,13 @@ def posterior_log_prob(theta: np.ndarray, x: np.ndarray) -> np.ndarray:
     return np.where(inside, log_likelihood(theta, x) + prior.log_prob(theta) - log_evidence, -np.inf)
 
 
+def noisy(signal: Tensor, theta: Tensor, rng: torch.Generator) -> Tensor:
+    """x of signals s."""
+    return signal + NOISE * torch.randn(signal.shape, generator=rng, dtype=signal.dtype, device=signal.device)
+
+
 @simulator(
-    prior=prior, x_shape=(SAMPLES,), batched=True, x_axis=("t / s", TIMES), symmetry=TimeShift("tau", spacing=SPACING),
+    prior=prior, observe=noisy, x_shape=(SAMPLES,), batched=True, x_axis=("t / s", TIMES), symmetry=TimeShift("tau", spacing=SPACING),
     log_likelihood=log_likelihood, posterior_log_prob=posterior_log_prob, posterior_sampler=posterior_sampler,
     citation="Dax et al. (2022), Group equivariant neural posterior estimation, ICLR",
 )
@@ -111,6 +128,6 @@ def damped_oscillator(theta: np.ndarray, rng: np.random.Generator) -> np.ndarray
 
     at 201 times from -5 to 15 s, repeated with that period and free of aliases.
 
-    theta: (B, 3); x: (B, 201).
+    The bank holds s, (B, 201), and noise is drawn afresh in every epoch. theta: (B, 3); x: (B, 201).
     """
-    return signal(theta) + NOISE * rng.standard_normal((len(theta), SAMPLES))
+    return signal(theta)

@@ -19,11 +19,12 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,12 @@ from numpy.typing import NDArray
 from sbiplat.bank.child import Child, asked_to_stop, end_of, fork, last_line
 from sbiplat.bank.layout import MISSING, STATUS, Header, default_rows_per_segment, pieces, streams
 from sbiplat.bank.segment import Rows
-from sbiplat.errors import SimulatorError
+from sbiplat.errors import SimulatorError, UserError
 from sbiplat.settings import setting
 from sbiplat.signals import Interrupted, Signals
 from sbiplat.simulator import CheckResult, Simulator, check
 
+T = TypeVar("T")
 ENDING_SECONDS = 0.3  # that a process which has closed its pipe may take to end
 LOOK_SECONDS = 0.5  # how often a child's death is looked for where its pipe does not tell
 ASKED_TO_STOP = 75  # exit code of a child that had a signal
@@ -312,33 +314,41 @@ def check_apart(simulator: Simulator, rows: int, time_limit: float | None) -> Ch
     With a time limit a call: where the check takes longer than all its calls may, it is broken off, and the result is None. A parallel
     simulator is checked in this process, since MPI cannot be forked.
     """
-    if simulator.parallel:
-        return check(simulator, rows)
+    return apart(simulator, lambda: check(simulator, rows), None if time_limit is None else 2 * rows * time_limit)
 
-    def work(pipe: Connection) -> None:
+
+def apart(simulator: Simulator, work: Callable[[], T], seconds: float | None) -> T | None:
+    """What `work` returns, which runs the simulator, done in a child process; None where it takes longer than `seconds`.
+
+    Raises the UserError that it raises, and SimulatorError where it goes down. Of a parallel simulator it is done in this process.
+    """
+    if simulator.parallel:
+        return work()
+
+    def serve(pipe: Connection) -> None:
         os.environ["SBIPLAT_SCRATCH"] = scratch
         try:
-            pipe.send(check(simulator, rows))
-        except SimulatorError as error:
-            pipe.send(str(error))
+            pipe.send(work())
+        except UserError as error:
+            pipe.send(type(error)(str(error)))
 
     folder = tempfile.TemporaryDirectory(prefix="sbiplat-", ignore_cleanup_errors=True)
     with tempfile.TemporaryFile() as output, folder as scratch:
-        child = fork(work, output.fileno())
+        child = fork(serve, output.fileno())
         try:
-            if not child.pipe.poll(None if time_limit is None else 2 * rows * time_limit):
+            if not child.pipe.poll(seconds):
                 return None
-            found: str | CheckResult = child.pipe.recv()
+            found: Any = child.pipe.recv()
         except (EOFError, OSError):
             child.kill()
-            found = (f"simulator {simulator.name!r} ended its process in one of its first rows ({end_of(child.wait())})"
-                     f"{last_line(output)}; mend it, or have such rows marked with simulate --no-check")
+            found = SimulatorError(f"simulator {simulator.name!r} ended its process in one of its first rows ({end_of(child.wait())})"
+                                   f"{last_line(output)}; mend it, or have such rows marked with simulate --no-check")
         finally:
             child.kill()
             with suppress(ChildProcessError):
                 child.wait()
-    if isinstance(found, str):
-        raise SimulatorError(found)
+    if isinstance(found, UserError):
+        raise found
     return found
 
 

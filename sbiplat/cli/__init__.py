@@ -48,6 +48,7 @@ from sbiplat.launch import launched_rank, launched_ranks
 REFUSED = 3
 STOPPED = 130
 CHECK_SECONDS = 10.0
+SYMMETRY_SECONDS = 30.0  # of simulations that a symmetry is checked on
 
 app = typer.Typer(
     name="sbiplat", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -110,8 +111,49 @@ def simulators(
         "signal": simulator.signal.to_json() if simulator.observe else None,
         "tractable": [k for k in ("log_likelihood", "posterior_log_prob", "posterior_sampler") if getattr(simulator, k)],
         "check": asdict(result) if result else None,
+        "symmetry": _symmetry_of(simulator) if simulator.symmetry is not None and result else None,
     }
     show(as_json, card, _card_text(card))
+
+
+def _symmetry_of(simulator: Any) -> dict[str, Any]:
+    """A simulator's group action and what its contract check, in a child process, found."""
+    from sbiplat.bank.sandbox import apart
+
+    def work() -> dict[str, Any]:
+        from sbiplat.symmetry.contract import check_action
+        from sbiplat.symmetry.names import describe, resolve_action
+
+        action = resolve_action(simulator)
+        return {**describe(action, simulator), "check": asdict(check_action(simulator, action, seconds=SYMMETRY_SECONDS))}
+
+    found = apart(simulator, work, 4 * SYMMETRY_SECONDS)
+    return found if found is not None else {"check": None}
+
+
+def _symmetry_lines(symmetry: dict[str, Any]) -> list[str]:
+    check = symmetry["check"]
+    if check is None:
+        return [f"symmetry  check broken off after {4 * SYMMETRY_SECONDS:g} s"]
+    kind, moved = "exact" if check["exact"] else "approximate", ", ".join(check["parameters"]) or "no parameter"
+    on_data = ("x, inverse", "x, composition")
+    laws = [v for k, v in check["algebra"].items() if check["exact"] or k not in on_data]
+    lines = [f"symmetry  {check['action']}, {kind}, of {moved}; coordinates of its kernel: {', '.join(check['coordinates']) or 'none'}",
+             f"  the laws of a group hold to {max(laws):.0e}; {check['statement']}"]
+    if not check["exact"]:
+        lines.append(f"  approximate: on x they hold to {max(check['algebra'][k] for k in on_data):.1g} of it (random numbers for x)")
+    if check["kept"] is not None and check["kept"] < 1:
+        lines.append(f"  {check['kept']:.1%} of moved theta stay inside the prior's support")
+    if check["p_value"] is not None:
+        lines.append(f"  simulate(g theta) and T_g simulate(theta) agree: p = {check['p_value']:.2g}")
+    if check["difference"] is not None:
+        lines.append(f"  without noise they agree to {check['difference']:.1e} of x's spread")
+    told = check["inexact"] or {}
+    if told.get("shift") is not None:
+        lines.append(f"  approximate: means differ by {told['shift']:.2g} sd of the noise, sds by a factor of {told['noise_ratio']:.3g}")
+    if told.get("difference") is not None:
+        lines.append(f"  approximate: what has no noise differs by {told['difference']:.1e} of x's spread")
+    return lines
 
 
 def _card_text(card: dict[str, Any]) -> str:
@@ -129,6 +171,8 @@ def _card_text(card: dict[str, Any]) -> str:
     if card["signal"]:
         lines.append(f"signal  {card['signal']['shapes']}: banks hold it, and observe makes x of it in every epoch")
     lines.append(f"tractable  {', '.join(card['tractable']) or 'nothing declared'}")
+    if card["symmetry"]:
+        lines += _symmetry_lines(card["symmetry"])
     result = card["check"]
     if result is None:
         lines.append("check broken off: its rows took longer than the time limit; give a longer --time-limit, or fewer --rows")
@@ -293,24 +337,22 @@ def sample(
     importance: Annotated[
         bool, typer.Option("--importance", help="Add the weights, by the simulator's log_likelihood, that make the draws exact.")
     ] = False,
-    simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance, where it is not installed.")] = None,
+    simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance or a symmetry of your own, if it is not "
+                                                  "installed.")] = None,
     embedding: Embedding = None,
     as_json: Json = False,
 ) -> None:
     """Draw from a certified posterior; exit 4 if it is not certified. An observation that is unlike the simulations is warned of."""
-    from sbiplat.errors import SettingError
     from sbiplat.gate.door import load
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.export import check_target
     from sbiplat.posteriors.importance import likelihood_of, simulator_of_run
     from sbiplat.runs import Run
 
-    if simulator is not None and not importance:
-        raise SettingError("--simulator is for --importance: give both, or leave it away")
-
     check_target(out)
     opened = Run.open(run)
-    posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding)
+    posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding,
+                     simulator=simulator)
     if posterior.provenance["certified"] == "no":
         warn(f"uncertified: {posterior.provenance['refusal']}")
     if posterior.provenance.get("own_thresholds"):

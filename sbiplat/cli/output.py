@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -81,8 +82,15 @@ def write_weighted(weighted: Any, out: Path, as_json: bool) -> None:
     flat, weights = theta.reshape(-1, theta.shape[-1]), weighted.weights.reshape(-1)
     mean = weights @ flat / weights.sum()
     sd = (weights @ (flat - mean) ** 2 / weights.sum()) ** 0.5
-    figures = {k: v.tolist() if hasattr(v, "tolist") else v for k, v in facts.items() if k.startswith("importance")}
+    figures = {k: _json(v) for k, v in facts.items() if k.startswith("importance")}
     _told(weighted.posterior, facts, theta, mean, sd, out, theta.shape[-2], weighted.seed, as_json, figures, [weighted.text()])
+
+
+def _json(value: Any) -> Any:
+    """A figure, or an array of them, as JSON, which has no infinity."""
+    if hasattr(value, "tolist"):
+        return [_json(v) for v in value.tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _told(posterior: Any, facts: dict[str, Any], theta: Any, mean: Any, sd: Any, out: Path, n: int, seed: int, as_json: bool,

@@ -14,21 +14,25 @@ from sbiplat.nets import embeddings
 from sbiplat.posteriors.base import Posterior
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.runs import Run
+from sbiplat.simulator import Simulator
+from sbiplat.symmetry import names
 
 
 def load(
     run: str | Path | Run, *, allow_uncertified: bool = False, refuse_misspecified: bool = False, embedding: Any = None,
-    device: str = "cpu", public_key: str | Path | None = None,
+    simulator: Simulator | str | None = None, device: str = "cpu", public_key: str | Path | None = None,
 ) -> Posterior:
     """The posterior of a certified run; raises Uncertified with the reason and the mend where its certificate does not hold.
 
-    embedding: the user's own class (or 'file.py:Class') where the run was trained with one, since loading a run never
-    runs code that the run names. allow_uncertified: for looking into a refused posterior; its draws say so. refuse_misspecified: raise
-    Uncertified, instead of warning, for an observation that is unlike the bank. public_key: file of the key that must have signed the
-    certificate.
+    embedding, simulator: the user's own class (or 'file.py:Class'), and the simulator with an action of the user's own, where the run was
+    trained with such, since loading a run never runs code that the run names. allow_uncertified: for looking into a refused posterior;
+    its draws say so. refuse_misspecified: raise Uncertified, instead of warning, for an observation that is unlike the bank. public_key:
+    file of the key that must have signed the certificate.
     """
     if embedding is not None:
         embeddings.register(embedding)
+    if simulator is not None:
+        names.register_of(simulator)
     run = (run if isinstance(run, Run) else Run.open(run)).require_finished()
     wanted = signature.read_public(public_key) if public_key is not None else None
     try:

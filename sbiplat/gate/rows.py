@@ -18,6 +18,7 @@ from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
 from sbiplat.simulator import Simulator
 from sbiplat.source import source_digest
+from sbiplat.symmetry import names
 from sbiplat.training.begin import TrainSettings, observe_of
 
 REFERENCE_ROWS = 10_000
@@ -28,6 +29,8 @@ def examined_of(
     run: Run, source: Bank, pairs: int, seed: int, simulator: Simulator | str | None, device: str, progress: Progress,
 ) -> Examined:
     """A run's posterior with at most so many of its held-out pairs, and other rows of its bank; raises UserError for what has changed."""
+    if simulator is not None:
+        names.register_of(simulator)
     observe = observe_of(source, simulator, f"sbiplat gate {run.path}")
     if observe and source_digest(observe.function) != run.record.get("observe_source"):
         raise RunError(f"the code of observe has changed since {run.path} was trained; train again")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Mapping
@@ -241,9 +242,10 @@ class Posterior:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What is written into files of draws: the provenance, and of the last draws the figures of the sampler and of the test of
-        misspecification, where there are any."""
-        return {**self.provenance, **getattr(self.sampler, "diagnostics", {}), **(self.watch.facts if self.watch else {})}
+        """What is written into files of draws: the provenance, the chain of steps as JSON, and of the last draws the figures of the sampler
+        and of the test of misspecification, where there are any."""
+        return {**self.provenance, "chain": json.dumps(self.describe()),
+                **getattr(self.sampler, "diagnostics", {}), **(self.watch.facts if self.watch else {})}
 
 
 def fresh_seed() -> int:

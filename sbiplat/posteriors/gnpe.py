@@ -21,8 +21,9 @@ numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ from sbiplat.estimators.equivariant import Equivariant
 from sbiplat.observation import Fields
 from sbiplat.posteriors.chains import MOST_UNCONVERGED, ChainError
 from sbiplat.posteriors.passes import ROWS_PER_PASS, Contexts, stream
+from sbiplat.posteriors.steps import Chain, Columns, Derived, Factor, Gibbs, Recovery, State
+from sbiplat.symmetry.action import GroupAction
 from sbiplat.symmetry.frame import centred
 
 LEAST_CHAINS = 128  # an observation: convergence is measured over them
@@ -44,20 +47,9 @@ PROXIES = 8  # for the marginal density of a theta
 TRIES = 100  # for a draw within the prior's support
 BYTES_PER_PASS = 2**26
 ROWS_AT_ONCE = 2**17
+PAIRS_AT_ONCE = 2**20
 RECOVERY_SEED = 0x6E9E
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Chains:
-    """What is known of the chains of B observations: steps taken; of each tangent coordinate the lag-1 correlation, that which theory gives
-    for the pose's spread, and that spread, (B, P); whether they have converged, (B,)."""
-
-    steps: int
-    rho: Tensor
-    theory: Tensor
-    spread: Tensor
-    converged: Tensor
 
 
 class GNPESampler(Contexts):
@@ -68,82 +60,91 @@ class GNPESampler(Contexts):
     def __init__(self, estimator: Equivariant, inner: Any, device: str = "cpu") -> None:
         super().__init__(estimator, device)
         self.frame, self.inner = estimator.frame, inner
+        self.chain = Chain([self._initial(), self._gibbs()])
         self.diagnostics: dict[str, Any] = {}  # of the last draws
         self.judged: list[NDArray[np.bool_]] | None = None  # which observations would be refused: see `chains.judging`
+
+    def _initial(self) -> Factor:
+        return Factor("initial net", ("pose",), lambda x, _, n, generator: ({"pose": self.first(x, n, generator)}, None), density=False)
+
+    def _gibbs(self) -> Gibbs:
+        frame = self.frame
+
+        def blur(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
+            pose = columns["pose"].flatten(0, 1)
+            proxy = frame.blur(pose, generator)
+            return {"proxy": proxy.unflatten(0, (-1, n))}, frame.log_kernel(proxy, pose).unflatten(0, (-1, n))
+
+        def conditional(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, None]:
+            return {"z": self.conditional(x, columns["proxy"], generator)}, None
+
+        def pose(x: Any, columns: Columns) -> Columns:
+            z = columns["z"]
+            return {"pose": frame.pose(z.flatten(0, 1)).unflatten(0, z.shape[:2])}
+
+        action = frame.action
+        about = {"kernel": "normal in tangent coordinates", "widths": dict(zip(action.coordinates, frame.widths, strict=True))}
+        steps = (Factor("kernel", ("proxy",), blur, needs=("pose",), about=about),
+                 Factor("main net", ("z",), conditional, needs=("proxy",), density=False,
+                        about={"relative": list(action.moved),
+                               "told": [c for c, told in zip(action.coordinates, frame.told, strict=True) if told]}),
+                 Derived("pose", ("z",), ("pose",), pose))
+        return Gibbs("gibbs", ("pose",), steps, Convergence(action, frame.widths, self.estimator.most_steps))
 
     # ------------------------------------------------------------------------------------------------------ draws
 
     @torch.no_grad()
     def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
         """(B, n, D); fixed by the seed, n and B. Raises ChainError."""
-        generator = torch.Generator(self.device).manual_seed(stream(seed))
-        draws, met = [], []
-        for part in self._parts(x, n):
-            z, _, chains = self._chains(part, n, generator)
-            draws.append(z[:, :n].cpu().numpy())
-            met.append(chains)
-        self._judge(met)
-        return np.concatenate(draws)
+        states = [self.chain.sample(part, max(n, LEAST_CHAINS), _own(seed, k), device=str(self.device))
+                  for k, part in enumerate(self._parts(x, n))]
+        self._judge(states)
+        return np.concatenate([s.columns["z"][:, :n].cpu().numpy() for s in states])
 
     def _parts(self, x: Fields, n: int) -> Iterator[dict[str, Tensor]]:
         size, per = len(next(iter(x.values()))), max(1, ROWS_AT_ONCE // max(n, LEAST_CHAINS))
         for a in range(0, size, per):
             yield {k: torch.as_tensor(np.ascontiguousarray(v[a:a + per]), device=self.device) for k, v in x.items()}
 
-    def _judge(self, met: list[Chains]) -> None:
+    def _judge(self, states: Sequence[State]) -> None:
         """Keep what the chains were like; raises ChainError where they have not converged."""
-        bad = ~torch.cat([c.converged for c in met]).cpu().numpy()
-        self.diagnostics = {
-            "gibbs_steps": max(c.steps for c in met),
-            "gibbs_rho": float(torch.cat([c.rho for c in met]).max()),
-            "gibbs_rho_theory": float(torch.cat([c.theory for c in met]).max()),
-            "unconverged": int(bad.sum()),
-        }
+        figures = [s.figures["gibbs"] for s in states]
+        bad = np.concatenate([f["unconverged"] for f in figures])
+        rho, theory = (max(max(f[name]) for f in figures) for name in ("rho", "theory"))
+        steps = max(f["iterations"] for f in figures)
+        self.diagnostics = {"gibbs_steps": steps, "gibbs_rho": rho, "gibbs_rho_theory": theory, "unconverged": int(bad.sum())}
         if self.judged is not None:
             self.judged.append(bad)
         elif bad.sum() > MOST_UNCONVERGED * len(bad):
             where = "" if len(bad) == 1 else f" of {bad.sum()} of {len(bad)} observations ({_some(np.flatnonzero(bad))})"
-            raise ChainError(f"the draws are not to be used: Gibbs chains{where} have not converged after {self.estimator.most_steps} "
-                             f"steps (the largest lag-1 correlation is {self.diagnostics['gibbs_rho']:.3f}); train with a wider kernel "
-                             "(kernel_ratio), or with more gibbs_steps")
+            raise ChainError(f"the draws are not to be used: Gibbs chains{where} have not converged after {steps} steps (the largest lag-1 "
+                             f"correlation is {rho:.3f}); train with a wider kernel (kernel_ratio), or with more gibbs_steps")
 
-    def _chains(self, x: dict[str, Tensor], n: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Chains]:
-        """z (b, C, D) after the last step, the poses before it (b, C, S), and how the chains were, for C = max(n, the least) chains."""
-        initial, action = self.estimator.initial, self.frame.action
-        count, batch = max(n, LEAST_CHAINS), len(next(iter(x.values())))
-        first = self.inner_initial(initial.prepare(x), count, generator)
-        pose = action.exp(first.double().flatten(0, 1))
-        centre, v = centred(action, pose.unflatten(0, (batch, count)))
-        watch = _Watch(action, centre, self.frame.kernel_widths(pose), v)
-        while True:
-            before = pose
-            z, _ = self.conditional(x, self.frame.blur(pose, generator).unflatten(0, (batch, count)), generator)
-            pose = self.frame.pose(z.flatten(0, 1))
-            if watch.see(pose.unflatten(0, (batch, count))) or watch.steps >= self.estimator.most_steps:
-                return z, before.unflatten(0, (batch, count)), watch.chains()
+    def first(self, x: dict[str, Tensor], count: int, generator: torch.Generator) -> Tensor:
+        """Poses (b, count, S) of the initial net."""
+        net, initial = self.estimator.initial.net, self.estimator.initial
+        contexts, most = net.context(initial.prepare(x)), max(1, ROWS_PER_PASS // count)
+        v = torch.cat([net.sample(c, count, generator) for c in contexts.split(most)]).double()
+        return self.frame.action.exp(v.flatten(0, 1)).unflatten(0, v.shape[:2])
 
-    def inner_initial(self, ready: dict[str, Tensor], count: int, generator: torch.Generator) -> Tensor:
-        """Draws of the initial net, tangent coordinates (b, count, P)."""
-        net = self.estimator.initial.net
-        contexts, most = net.context(ready), max(1, ROWS_PER_PASS // count)
-        return torch.cat([net.sample(c, count, generator) for c in contexts.split(most)])
-
-    def conditional(self, x: dict[str, Tensor], proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S); and whether it lies there at the first try."""
-        batch, count = proxy.shape[:2]
-        owner = torch.arange(batch, device=self.device).repeat_interleave(count)
-        flat, out, first = proxy.flatten(0, 1), [], []
+    def conditional(self, x: dict[str, Tensor], proxy: Tensor, generator: torch.Generator) -> Tensor:
+        """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S)."""
+        owner = self._owner(proxy)
+        flat, out = proxy.flatten(0, 1), []
         for rows, contexts in self._contexts_of(x, owner, flat):
             z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], flat[rows])
-            first.append(inside)
             for _ in range(TRIES):
                 lacking = torch.nonzero(~inside)[:, 0]
                 if not len(lacking):
                     break
-                again, good = self.frame.from_relative(self.inner.draws(contexts[lacking], 1, generator)[:, 0], flat[rows][lacking])
-                z[lacking], inside[lacking] = again, good
+                z[lacking], inside[lacking] = self.frame.from_relative(self.inner.draws(contexts[lacking], 1, generator)[:, 0],
+                                                                       flat[rows][lacking])
             out.append(z)
-        return torch.cat(out).unflatten(0, (batch, count)), torch.cat(first).unflatten(0, (batch, count))
+        return torch.cat(out).unflatten(0, proxy.shape[:2])
+
+    def _owner(self, proxy: Tensor) -> Tensor:
+        """The observation of each row of proxies (b, C, S)."""
+        return torch.arange(len(proxy), device=self.device).repeat_interleave(proxy.shape[1])
 
     def _contexts_of(self, x: dict[str, Tensor], owner: Tensor, proxy: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The main net's contexts of rows in passes: of x[owner] seen from proxies (R, S)."""
@@ -171,113 +172,149 @@ class GNPESampler(Contexts):
     @torch.no_grad()
     def centres(self, x: dict[str, Tensor], count: int) -> Tensor:
         """The poses (b, count, S) whose kernels are the density of proxies, always the same for one x in its place."""
-        generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED))
-        return self._chains(x, count, generator)[1]
+        return self.chain.sample(x, count, RECOVERY_SEED, device=str(self.device)).columns["pose"]
 
     def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Tensor, proxies: int) -> Tensor:
         """log q(z | x) of z (b, n, D): float64 (b, n), by so many proxies a theta; differentiable in x, with the centres held fast."""
         batch, n, _ = z.shape
-        generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED + 1))
+        generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED))
         each = z.flatten(0, 1).repeat_interleave(proxies, 0)
         pose = self.frame.pose(each)
         proxy = self.frame.blur(pose, generator)
-        owner = torch.arange(batch, device=self.device).repeat_interleave(n * proxies)
-        u, log_det = self.frame.to_relative(each, proxy)
-        conditional = [self.inner.densities(u[rows], contexts).double() for rows, contexts in self._contexts_of(x, owner, proxy)]
-        of_proxy = self.log_proxy(proxy.unflatten(0, (batch, -1)), centres).flatten()
-        ratios = (torch.cat(conditional) + log_det + of_proxy - self.frame.log_kernel(proxy, pose)).view(batch, n, proxies)
+        apart = proxy.unflatten(0, (batch, -1))
+        conditional = self._log_conditional(each, x, apart)
+        of_proxy = self.log_proxy(apart, centres).flatten()
+        ratios = (conditional + of_proxy - self.frame.log_kernel(proxy, pose)).view(batch, n, proxies)
         return torch.logsumexp(ratios, -1) - math.log(proxies)
+
+    def _log_conditional(self, z: Tensor, x: dict[str, Tensor], proxy: Tensor) -> Tensor:
+        """log q(z | x, proxy) of rows z (b m, D) for proxies (b, m, S): float64 (b m,)."""
+        flat = proxy.flatten(0, 1)
+        u, log_det = self.frame.to_relative(z, flat)
+        found = [self.inner.densities(u[rows], contexts).double() for rows, contexts in self._contexts_of(x, self._owner(proxy), flat)]
+        return torch.cat(found) + log_det
 
     def log_proxy(self, proxy: Tensor, centres: Tensor) -> Tensor:
         """The mixture's log-density (b, m) of proxies (b, m, S), for centres (b, N, S)."""
-        batch, m = proxy.shape[:2]
-        n, size = centres.shape[1], max(1, 2**20 // centres.shape[1])
-        out = []
-        for b in range(batch):
-            for part in proxy[b].split(size):
-                pairs = (part[:, None].expand(-1, n, -1).flatten(0, 1), centres[b][None].expand(len(part), -1, -1).flatten(0, 1))
+        n, size, out = centres.shape[1], max(1, PAIRS_AT_ONCE // centres.shape[1]), []
+        for some, own in zip(proxy, centres, strict=True):
+            for part in some.split(size):
+                pairs = part[:, None].expand(-1, n, -1).flatten(0, 1), own[None].expand(len(part), -1, -1).flatten(0, 1)
                 out.append(torch.logsumexp(self.frame.log_kernel(*pairs).view(len(part), n), 1) - math.log(n))
-        return torch.cat(out).view(batch, m)
+        return torch.cat(out).view(proxy.shape[:2])
+
+    @cached_property
+    def recovered(self) -> Chain:
+        """The chain with its density recovered, over z and the proxy."""
+        def log_prob(x: Any, columns: Columns) -> Tensor:
+            return self._log_conditional(columns["z"].flatten(0, 1), x, columns["proxy"]).view(columns["z"].shape[:2])
+
+        about = {"fit": "mixture of the kernels about the chains' poses"}
+        mixture = Recovery("proxies", ("proxy",), lambda x, columns, _: _Mixture(self, columns["pose"]), about, ("pose",))
+        return Chain([*self.chain.steps, mixture, Factor("main net again", ("z",), self._step, log_prob, ("proxy",))])
+
+    def _step(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
+        """One draw a proxy, not held to the prior's support, and its log q; NaN z where it lies outside, or once around a circle."""
+        proxy, zs, logs = columns["proxy"].flatten(0, 1), [], []
+        for rows, contexts in self._contexts_of(x, self._owner(columns["proxy"]), proxy):
+            u = self.inner.draws(contexts, 1, generator)[:, 0]
+            z, inside = self.frame.from_relative(u, proxy[rows])
+            back, log_det = self.frame.to_relative(z, proxy[rows])
+            alike = ((back - u).abs() <= 1e-3 * (1 + u.abs())).all(-1)
+            zs.append(torch.where((inside & alike)[:, None], z, torch.nan))
+            logs.append(self.inner.densities(u, contexts).double() + log_det)
+        return {"z": torch.cat(zs).unflatten(0, (-1, n))}, torch.cat(logs).unflatten(0, (-1, n))
 
     @torch.no_grad()
     def sample_and_log_prob(self, x: Fields, n: int, seed: int) -> tuple[NDArray[np.float32], Array, Array]:
         """Draws by one step from the proxies' density: z (B, n, D), log q(z, proxy | x) (B, n), and log K(proxy | p(z)) (B, n), which
         belongs into the target of importance weights; it is -inf of draws outside the prior's support. Raises ChainError."""
-        generator, out, met = torch.Generator(self.device).manual_seed(stream(seed)), [], []
-        for part in self._parts(x, max(n, CENTRES)):
-            batch = len(next(iter(part.values())))
-            _, centres, chains = self._chains(part, max(n, CENTRES), generator)
-            met.append(chains)
-            which = torch.randint(centres.shape[1], (batch, n), generator=generator, device=self.device)
-            proxy = self.frame.blur(centres.gather(1, which[..., None].expand(-1, -1, centres.shape[-1])).flatten(0, 1), generator)
-            out.append(self._step(part, proxy, centres, n, generator))
-        self._judge(met)
-        z, log_q, log_kernel = (np.concatenate([o[k].cpu().numpy() for o in out]) for k in range(3))
+        states = [self.recovered.sample(part, max(n, CENTRES), _own(seed, k), device=str(self.device))
+                  for k, part in enumerate(self._parts(x, max(n, CENTRES)))]
+        self._judge(states)
+        out = []
+        for state in states:
+            z, proxy = (state.columns[name].flatten(0, 1) for name in ("z", "proxy"))
+            outside = z.isnan().any(-1)
+            z = torch.where(outside[:, None], 0.0, z)
+            log_kernel = torch.where(outside, -torch.inf, self.frame.log_kernel(proxy, self.frame.pose(z)))
+            shape = state.log_weight.shape
+            out.append([v.unflatten(0, shape)[:, :n].cpu().numpy() for v in (z, log_kernel)] + [state.log_q[:, :n].cpu().numpy()])
+        z, log_kernel, log_q = (np.concatenate(part) for part in zip(*out, strict=True))
         return z, log_q, log_kernel
 
-    def _step(self, x: dict[str, Tensor], proxy: Tensor, centres: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        batch = len(centres)
-        owner = torch.arange(batch, device=self.device).repeat_interleave(n)
-        zs, logs, inside = [], [], []
-        for rows, contexts in self._contexts_of(x, owner, proxy):
-            u = self.inner.draws(contexts, 1, generator)[:, 0]
-            z, good = self.frame.from_relative(u, proxy[rows])
-            back, log_det = self.frame.to_relative(z, proxy[rows])
-            zs.append(z)
-            inside.append(good & ((back - u).abs() <= 1e-3 * (1 + u.abs())).all(-1))  # of a circle: once around is another u of one z
-            logs.append(self.inner.densities(u, contexts).double() + log_det)
-        z, log_q = torch.cat(zs), torch.cat(logs) + self.log_proxy(proxy.unflatten(0, (batch, n)), centres).flatten()
-        log_kernel = torch.where(torch.cat(inside), self.frame.log_kernel(proxy, self.frame.pose(z)), -torch.inf)
-        return z.view(batch, n, -1), log_q.view(batch, n), log_kernel.view(batch, n)
-
     def describe(self) -> list[dict[str, Any]]:
-        """The steps of the chain, for the certificate."""
-        action, names = self.frame.action, list(self.frame.prior.names)
-        kernel = {"kernel": "normal in tangent coordinates",
-                  "widths": dict(zip(action.coordinates, self.frame.widths, strict=True)), "told": list(self.frame.told)}
-        return [
-            {"step": "factor", "net": "initial", "columns": [f"pose:{c}" for c in action.coordinates]},
-            {"step": "gibbs", "most_steps": self.estimator.most_steps, "block": [
-                {"step": "factor", **kernel, "columns": [f"proxy:{c}" for c in action.coordinates]},
-                {"step": "factor", "net": "main", "columns": [f"relative:{n}" if n in action.moved else n for n in names]},
-                {"step": "reparametrisation", "columns": [n for n in names if n in action.moved]}]},
-            {"step": "density", "proxies": f"mixture of {CENTRES} kernels", "marginal": f"mean over {PROXIES} proxies"},
-        ]
+        """The steps of the chain, density recovery included, for the certificate."""
+        return self.recovered.description()
+
+
+class _Mixture:
+    """The density of proxies: kernels about poses (b, N, S)."""
+
+    def __init__(self, sampler: GNPESampler, poses: Tensor) -> None:
+        self.sampler, self.poses = sampler, poses
+
+    def draw(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
+        """Proxies, with their log-density."""
+        poses = self.poses
+        which = torch.randint(poses.shape[1], (len(poses), n, 1), generator=generator, device=poses.device)
+        proxy = self.sampler.frame.blur(poses.gather(1, which.expand(-1, -1, poses.shape[-1])).flatten(0, 1), generator)
+        proxy = proxy.unflatten(0, (-1, n))
+        return {"proxy": proxy}, self.sampler.log_proxy(proxy, poses)
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """The rule of the module's docstring, for the column `pose`."""
+
+    action: GroupAction
+    widths: tuple[float, ...]
+    most_steps: int
+
+    def watch(self, x: Any, columns: Columns) -> _Watch:
+        return _Watch(self, columns["pose"])
+
+    def describe(self) -> dict[str, Any]:
+        return {"stops": "converged in mean and spread of the pose", "within": NEAR, "most_steps": self.most_steps}
 
 
 class _Watch:
     """The pose over the steps: (T, b, P) means and standard deviations of coordinates from a fixed centre, and lag-1 correlations."""
 
-    def __init__(self, action: Any, centre: Tensor, widths: Tensor, v: Tensor) -> None:
-        self.action, self.back, self.widths = action, action.inverse(centre)[:, None], widths
-        self.means, self.sds, self.rhos = [v.mean(1)], [v.std(1)], []
-        self.chains_each, self.last = v.shape[1], v
+    def __init__(self, rule: Convergence, pose: Tensor) -> None:
+        self.rule, (self.centre, v) = rule, centred(rule.action, pose)
+        self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
+        self.last = v
+
+    @staticmethod
+    def _sd(v: Tensor) -> Tensor:
+        return v.std(1).clamp_min(1e-300)
 
     @property
     def steps(self) -> int:
-        return len(self.means) - 1
+        return len(self.rhos)
 
-    def see(self, pose: Tensor) -> bool:
-        """Take in poses (b, C, S); whether all observations have converged."""
-        batch, count = pose.shape[:2]
-        back = self.back.expand(batch, count, -1)
-        v = self.action.log(self.action.compose(back.flatten(0, 1), pose.flatten(0, 1))).unflatten(0, (batch, count))
-        mean, sd = v.mean(1), v.std(1).clamp_min(1e-300)
-        self.rhos.append(((v - mean[:, None]) * (self.last - self.means[-1][:, None])).mean(1) / (sd * self.sds[-1].clamp_min(1e-300)))
+    def done(self, columns: Columns) -> bool:
+        """Take in poses (b, C, S): whether all observations have converged, or the steps are used up."""
+        pose = columns["pose"]
+        centre = self.centre[:, None].expand(*pose.shape[:2], -1)
+        v = self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2])
+        mean, sd = v.mean(1), self._sd(v)
+        self.rhos.append(((v - mean[:, None]) * (self.last - self.means[-1][:, None])).mean(1) / (sd * self.sds[-1]))
         self.means.append(mean)
         self.sds.append(sd)
         self.last = v
-        return bool(self._converged().all())
+        return self.steps >= self.rule.most_steps or bool(self._converged().all())
 
     def _rho(self) -> Tensor:
         """(b, P): the mean over the later half of the steps."""
         return torch.stack(self.rhos[len(self.rhos) // 2:]).mean(0).clamp(0.01, 0.999)
 
     def _converged(self) -> Tensor:
-        rho, steps = self._rho(), self.steps
+        """(b,)."""
+        rho, steps, means, sds = self._rho(), self.steps, torch.stack(self.means), torch.stack(self.sds)
         half = torch.ceil(math.log(2) / -rho.log()).long().clamp(min=1)
-        error = ERRORS / math.sqrt(self.chains_each)
-        means, sds = torch.stack(self.means), torch.stack(self.sds).clamp_min(1e-300)
+        error = ERRORS / math.sqrt(self.last.shape[1])
         ago = (steps - half).clamp(min=0)[None]
         start = (means[0] - means[-1]).abs() / sds[-1] + (sds[0] / sds[-1]).log().abs() + error
         near = start * rho**steps <= NEAR
@@ -285,9 +322,18 @@ class _Watch:
         width = (sds[-1] / sds.gather(0, ago)[0]).log().abs() <= NEAR + error
         return (near & drift & width & (steps >= 2 * half)).all(-1)
 
-    def chains(self) -> Chains:
-        spread = self.sds[-1]
-        return Chains(self.steps, self._rho(), spread.square() / (spread.square() + self.widths.square()), spread, self._converged())
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Per observation: the largest lag-1 correlation over coordinates, that which theory gives for the spread there, and whether the
+        chains have not converged."""
+        variance = self.sds[-1].square()
+        theory = variance / (variance + variance.new_tensor(self.rule.widths).square())
+        return {"rho": self._rho().max(-1).values.tolist(), "theory": theory.max(-1).values.tolist(),
+                "unconverged": (~self._converged()).cpu().numpy()}
+
+
+def _own(seed: int, part: int) -> int:
+    return seed if part == 0 else int(np.random.SeedSequence(seed, spawn_key=(0x6E9F, part)).generate_state(1, np.uint64)[0] >> 2)
 
 
 def _some(rows: NDArray[np.intp], most: int = 5) -> str:

@@ -20,6 +20,7 @@ target, their law :math:`\log K(v | \theta)`: see `JointSampler`.
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -39,7 +40,7 @@ from sbiplat.marginals import standard_normal_log_prob
 from sbiplat.observation import Fields
 from sbiplat.posteriors import export
 from sbiplat.posteriors.base import Posterior, fresh_seed
-from sbiplat.posteriors.steps import Chain, Columns, Derived, Factor, Pinned, Reparametrisation, Step, Target, Tilt, in_words
+from sbiplat.posteriors.steps import Chain, Columns, Derived, Factor, Pinned, Reparametrisation, Step, Target, Tilt
 from sbiplat.prior import Prior
 from sbiplat.runs import Run
 from sbiplat.settings import whole_seed
@@ -168,7 +169,7 @@ class Weighted:
         """What is written into files of draws."""
         figures = {f"importance_{name}": getattr(self, name) for name in FIGURES}
         return {**self.posterior.facts, **self.provenance, **figures, "importance_evidence_of": self.evidence_of,
-                "chain": in_words(self.chain)}
+                "chain": json.dumps(self.chain)}
 
     def text(self) -> str:
         """The figures in a line; of a batch the worst."""

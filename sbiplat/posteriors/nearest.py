@@ -60,6 +60,9 @@ class NearestSampler:
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
         raise SettingError("draws of the bank's nearest rows have no density")
 
+    def describe(self) -> list[dict[str, Any]]:
+        return [{"step": "factor", "name": "nearest rows of the bank", "needs": [], "gives": ["z"], "density": False}]
+
     def _some(self, wanted: int) -> Fields:
         """x of the first rows that did not fail, for the scales: as many as wanted, or as a pass holds."""
         parts, found = [], 0

@@ -228,7 +228,9 @@ class Watcher(Protocol):
 class Rule(Protocol):
     """When a Gibbs block stops."""
 
-    def watch(self) -> Watcher: ...
+    def watch(self, x: Any, columns: Columns) -> Watcher:
+        """columns: those that the first iteration starts from."""
+        ...
 
     def describe(self) -> Json: ...
 
@@ -276,7 +278,8 @@ class Gibbs:
         return tuple(c for c in self.chain.columns if c not in outside)
 
     def run(self, state: State, x: Any, n: int, generator: Generator) -> State:
-        watcher, start = self.rule.watch(), {k: v for k, v in state.columns.items() if k in self.needs}
+        start = {k: v for k, v in state.columns.items() if k in self.needs}
+        watcher = self.rule.watch(x, start)
         count = 0
         while True:
             now = replace(state, columns=start, log_q=None)
@@ -303,24 +306,26 @@ class Density(Protocol):
 
 @dataclass(frozen=True)
 class Recovery:
-    """Density recovery: fits a density to columns of draws, forgets all columns, and draws these anew from it, with their exact log q."""
+    """Density recovery: fits a density to columns of draws (by default those that it gives), forgets all, and draws anew from it, with
+    their exact log q."""
 
     kind: ClassVar[str] = "recovery"
     name: str
     gives: tuple[str, ...]
     fit: Callable[[Any, Columns, Generator], Density]
     about: Json = field(default_factory=dict)
+    fitted_to: tuple[str, ...] = ()
 
     @property
     def needs(self) -> tuple[str, ...]:
-        return self.gives
+        return self.fitted_to or self.gives
 
     @property
     def takes(self) -> tuple[str, ...]:
-        return self.gives
+        return self.needs
 
     def run(self, state: State, x: Any, n: int, generator: Generator) -> State:
-        fitted = self.fit(x, {k: state.columns[k] for k in self.gives}, generator)
+        fitted = self.fit(x, {k: state.columns[k] for k in self.needs}, generator)
         new, log_q = fitted.draw(x, {}, n, generator)
         return replace(state, columns=_given(self, new, state, n), log_q=log_q)
 

@@ -37,6 +37,7 @@ from sbiplat.progress import Progress
 from sbiplat.report import figures, predictive, tested, worst
 from sbiplat.runs import Run
 from sbiplat.simulator import Simulator, available, resolve
+from sbiplat.symmetry import names
 
 Array = NDArray[np.float64]
 PRIOR_DRAWS = 50_000
@@ -75,6 +76,8 @@ def report(
     progress = progress or Progress.auto()
     path = Path(out) if out else run.path / "report.html"
     x = _observation(run, observation, progress)
+    if simulator is not None:
+        names.register_of(simulator)
     found = _find_simulator(run, simulator)
     verdict = _verdict(run)
     posterior, change, why = _posterior(run, verdict, x, found, int(draws), int(seed), embedding, summaries, progress)

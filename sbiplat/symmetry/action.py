@@ -85,6 +85,10 @@ class GroupAction:
         """The coordinates (B, P) of an element nearest to 0: exp(log(g)) = g."""
         return g
 
+    def between(self, pose: Tensor, other: Tensor) -> Tensor:
+        """The coordinates (B, P) of what carries a pose to another; of the nearest, where poses are known up to a subgroup."""
+        return self.log(self.compose(self.inverse(pose), other))
+
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
         """The coordinates that give the pose of exp(v), with v among them; of a circle v + 2 pi k, as many as a kernel can reach.
 

@@ -33,7 +33,7 @@ def turned_pairs(x: Tensor, angle: Tensor, axis: int) -> Tensor:
     """x (B, ...), whose (negative) axis holds pairs, each turned by angle (B,): (a cos - b sin, a sin + b cos)."""
     a, b = x.unbind(axis)
     shape = (-1, *[1] * (a.ndim - 1))
-    cosine, sine = angle.cos().to(x.dtype).reshape(shape), angle.sin().to(x.dtype).reshape(shape)
+    cosine, sine = angle.cos().to(x).reshape(shape), angle.sin().to(x).reshape(shape)
     return torch.stack([a * cosine - b * sine, a * sine + b * cosine], axis)
 
 

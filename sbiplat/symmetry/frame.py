@@ -9,6 +9,7 @@ the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy`
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sbiplat.errors import SettingError
+from sbiplat.errors import SettingError, SymmetryError
 from sbiplat.laws import Independent
 from sbiplat.marginals import Marginal, standard_normal_log_prob
 from sbiplat.observation import ObservationSpec
@@ -41,7 +42,7 @@ class Frame:
     told: tuple[bool, ...]
 
     def __post_init__(self) -> None:
-        check_parameters(self.action, self.prior)
+        check_names(self.action, self.prior)
 
     # --------------------------------------------------------------------------------------------------- columns
 
@@ -164,14 +165,26 @@ class Frame:
 EDGE = 8.0  # of z: within a part in 10^15 of an edge of the support
 
 
-def check_parameters(action: GroupAction, prior: Prior) -> None:
-    """Raises SettingError where the action's parameters are not the prior's, or the prior's are dependent."""
+def check_names(action: GroupAction, prior: Prior) -> None:
+    """Raises SymmetryError where the action's parameters are not the prior's, the prior's are dependent, or names come twice."""
+    own = name_of(action)
     for name in action.parameters:
         if name not in prior.names:
-            raise SettingError(f"the symmetry acts on {name!r}, which is no parameter; "
-                               + str(unknown(name, list(prior.names))).partition("; ")[2])
-    if not isinstance(prior.law, Independent):
-        raise SettingError("a symmetry needs a prior of independent parameters (sp.Prior of one law each), and this one is joint")
+            near = difflib.get_close_matches(name, prior.names, 3, 0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(prior.names)}"
+            raise SymmetryError(f"{own}: the prior has no parameter {name!r}; {hint}")
+    if action.parameters and not isinstance(prior.law, Independent):
+        raise SymmetryError(f"{own}: an action needs a prior of independent parameters, and this one is a joint law")
+    moved = [p for f in action.factors for p in f.moved]
+    if twice := next((p for p in moved if moved.count(p) > 1), None):
+        raise SymmetryError(f"{own}: two factors move the parameter {twice!r}; at most one may")
+    if len(set(action.coordinates)) < len(action.coordinates):
+        raise SymmetryError(f"{own}: coordinates {', '.join(action.coordinates)} are not all different")
+
+
+def name_of(action: GroupAction) -> str:
+    """What messages call an action."""
+    return " x ".join(type(f).__name__ for f in action.factors)
 
 
 def widths_of(action: GroupAction, given: Mapping[str, Any]) -> dict[str, float]:
@@ -189,8 +202,7 @@ def centred(action: GroupAction, poses: Tensor) -> tuple[Tensor, Tensor]:
     batch, n = poses.shape[:2]
 
     def seen(centre: Tensor) -> Tensor:
-        back = action.inverse(centre)[:, None].expand(batch, n, -1)
-        return action.log(action.compose(back.flatten(0, 1), poses.flatten(0, 1))).unflatten(0, (batch, n))
+        return action.between(centre[:, None].expand(batch, n, -1).flatten(0, 1), poses.flatten(0, 1)).unflatten(0, (batch, n))
 
     centre = poses[:, 0]
     for _ in range(2):

@@ -35,7 +35,7 @@ def warped(x: Tensor, angle: Tensor, offset: Tensor, mode: str, padding: str) ->
     cosine, sine = angle.cos()[:, None, None], angle.sin()[:, None, None]
     source = torch.stack([(cosine * a + sine * b) * (2 / width), (cosine * b - sine * a) * (2 / height)], -1)
     flat = x.reshape(count, -1, height, width)
-    return torch.nn.functional.grid_sample(flat, source.to(x.dtype), mode, padding, align_corners=False).reshape(x.shape)
+    return torch.nn.functional.grid_sample(flat, source.to(x), mode, padding, align_corners=False).reshape(x.shape)
 
 
 def _centred(length: int, like: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ else:
 
 
 class Product(GroupAction):
-    """The direct product: each factor acts with its own part of g, the last one first.
+    """The direct product: each factor acts with its own part of g, the last one first (so that a Permutation, which sorts, is given first).
 
     Factors may share parameters of which poses are made, but at most one moves a parameter; a factor's pose must not change when another
     acts (an arrival-time difference under a common shift of time).
@@ -87,6 +87,10 @@ class Product(GroupAction):
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
         each = [f.preimages(a) for f, a in zip(self._factors, self._tangents(v), strict=True)]
         return [torch.cat(parts, -1) for parts in itertools.product(*each)]
+
+    def between(self, pose: Tensor, other: Tensor) -> Tensor:
+        parts = zip(self._factors, self._elements(pose), self._elements(other), strict=True)
+        return torch.cat([f.between(a, b) for f, a, b in parts], -1)
 
     def log_volume(self, v: Tensor) -> Tensor:
         return sum(f.log_volume(a) for f, a in zip(self._factors, self._tangents(v), strict=True))

@@ -109,7 +109,7 @@ class Rotation3D(ReadyMade):
             1 - 2 * (b * b + c * c), 2 * (a * b - w * c), 2 * (a * c + w * b),
             2 * (a * b + w * c), 1 - 2 * (a * a + c * c), 2 * (b * c - w * a),
             2 * (a * c - w * b), 2 * (b * c + w * a), 1 - 2 * (a * a + b * b),
-        ], -1).reshape(-1, 3, 3).to(values.dtype)
+        ], -1).reshape(-1, 3, 3).to(values)
         turned = torch.einsum("bij,bnj->bni", matrix, values.reshape(len(g), -1, 3))
         return {**x, self.field: turned.reshape(values.shape)}
 

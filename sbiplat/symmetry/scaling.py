@@ -43,7 +43,7 @@ class Rescaling(ReadyMade):
         return theta[:, :1].log() / self.parameter_powers[0][1]
 
     def act_data(self, g: Tensor, x: Fields) -> Fields:
-        moved = {k: x[k] * torch.exp(power * g[:, 0]).to(x[k].dtype).reshape(-1, *[1] * (x[k].ndim - 1)) for k, power in self.field_powers}
+        moved = {k: x[k] * torch.exp(power * g[:, 0]).to(x[k]).reshape(-1, *[1] * (x[k].ndim - 1)) for k, power in self.field_powers}
         return {**x, **moved}
 
     def act_theta(self, g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,5 +24,5 @@ class Translation(ReadyMade):
 
     def act_data(self, g: Tensor, x: Fields) -> Fields:
         values = x[self.field]
-        shift = g.to(values.dtype).reshape(len(g), *[1] * (values.ndim - 2), -1)
+        shift = g.to(values).reshape(len(g), *[1] * (values.ndim - 2), -1)
         return {**x, self.field: values + shift}

@@ -25,12 +25,13 @@ from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 from sbiplat.symmetry import names
 from sbiplat.symmetry.action import GroupAction
-from sbiplat.symmetry.frame import check_parameters
+from sbiplat.symmetry.contract import check_action, check_algebra
 from sbiplat.symmetry.settings import NONE, SymmetrySettings
 from sbiplat.training.defence import checked
 
 PRECISIONS = ("float32", "bf16")
 HELD_OUT_LEAST = 500
+CHECKED_ROWS, CHECKED_SECONDS = 1024, 10.0  # of simulations on which a symmetry is checked before a training
 PLAIN = SymmetrySettings()
 
 
@@ -99,6 +100,7 @@ class Plan:
     observe: Observe | None
     symmetry: SymmetrySettings = PLAIN
     action: GroupAction | None = None  # of the simulator, where symmetry asks for it
+    simulator: Simulator | None = None  # then
     start: Callable[[Estimator], None] | None = None  # what an estimator is given before its training
 
     def record(self, out: Path) -> dict[str, Any]:
@@ -138,11 +140,15 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
         some = pairs_at(bank, apart.validation[:8])
         check_observe(observe, some["x"], some["parameters"])
     made = Plan(bank, architecture, training, seed, apart, observe, symmetry)
-    return made if symmetry.symmetry == NONE else replace(made, action=action_of(made, simulator))
+    if symmetry.symmetry == NONE:
+        return made
+    action, made_by = action_of(made, simulator)
+    return replace(made, action=action, simulator=made_by)
 
 
-def action_of(plan: Plan, simulator: Simulator | str | None) -> GroupAction:
-    """The action of the simulator that made the bank; raises SettingError where it has none, or it does not go with the training."""
+def action_of(plan: Plan, simulator: Simulator | str | None) -> tuple[GroupAction, Simulator]:
+    """The action of the simulator that made the bank, and it; raises a UserError where there is none, or it does not go with the training.
+    """
     bank, kind = plan.bank, plan.symmetry.symmetry
     made_by = simulator_of(bank.header, bank.path, simulator, f"sbiplat train {bank.path}")
     if made_by.symmetry is None:
@@ -151,8 +157,16 @@ def action_of(plan: Plan, simulator: Simulator | str | None) -> GroupAction:
     if plan.training.compile or getattr(plan.architecture.settings, "members", 1) > 1:
         raise SettingError(f"symmetry = {kind!r} goes neither with compile = true nor with members; leave them away")
     action = names.resolve_action(made_by.symmetry)
-    check_parameters(action, bank.header.prior)
-    return action
+    check_algebra(action, bank.header.prior, plan.architecture.x)
+    names.describe(action, made_by)  # registers it, so that this process finds it again
+    return action, made_by
+
+
+def check_symmetry(plan: Plan) -> None:
+    """Hold the action against a few simulations; raises SymmetryError where it is declared exact and is not."""
+    assert plan.simulator is not None
+    if not plan.simulator.parallel:  # whose ranks are not here
+        check_action(plan.simulator, plan.action, rows=CHECKED_ROWS, seconds=CHECKED_SECONDS)
 
 
 def check_place(out: Path) -> None:

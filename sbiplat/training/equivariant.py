@@ -30,7 +30,7 @@ from sbiplat.settings import split as split_settings
 from sbiplat.symmetry import names
 from sbiplat.symmetry.frame import Frame, centred, widths_of
 from sbiplat.symmetry.settings import GNPE
-from sbiplat.training.begin import Plan, TrainSettings
+from sbiplat.training.begin import Plan, TrainSettings, check_symmetry
 
 ROWS, DRAWS = 200, 200  # of which the spread is measured
 MOST_PREDICTED = 200
@@ -57,6 +57,8 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
     assert wanted.action is not None
     if not issubclass(wanted.architecture.kind, Conditioned):
         raise SettingError(f"symmetry = {GNPE!r} goes with npe, fmpe and npse, and the estimator is {wanted.architecture.estimator}")
+    if not (out / "initial" / "run.json").exists():
+        check_symmetry(wanted)
     initial = carry_out(_of_pose(wanted), out / "initial", progress)
     kernel = measured(wanted, initial)
     for name, width, spread in zip(wanted.action.coordinates, kernel.widths, kernel.spread, strict=True):
@@ -85,7 +87,7 @@ def predicted_steps(ratio: float) -> float:
 
 def _action(wanted: Plan) -> dict[str, Any]:
     assert wanted.action is not None
-    return {"action": names.describe(wanted.action), "prior": wanted.bank.header.prior.to_json()}
+    return {"action": names.describe(wanted.action, wanted.simulator), "prior": wanted.bank.header.prior.to_json()}
 
 
 def _of_pose(wanted: Plan) -> Plan:
