@@ -35,7 +35,7 @@ class ConditionedSettings:
                            among=("flatten", "mean"))
     patch: int = setting(16, "times in a token of transformer", low=1, high=65536)
     svd: int = setting(0, "components of the bank's singular value decomposition that start mlp and resmlp; 0: none", low=0, high=65536)
-    regression: bool = setting(True, "begin at the linear-Gaussian posterior, where x has at most 512 numbers and the embedding is dense")
+    regression: bool = setting(True, "begin at the linear-Gaussian posterior, where x has at most 2048 numbers and the embedding is dense")
     members: int = setting(1, "members of an ensemble, an equal mixture that is one posterior", low=1, high=100)
 
 

@@ -209,8 +209,8 @@ class GNPESampler(Contexts):
         def log_prob(x: Any, columns: Columns) -> Tensor:
             return self._log_conditional(columns["z"].flatten(0, 1), x, columns["proxy"]).view(columns["z"].shape[:2])
 
-        about = {"fit": "mixture of the kernels about the chains' poses"}
-        mixture = Recovery("proxies", ("proxy",), lambda x, columns, _: _Mixture(self, columns["pose"]), about, ("pose",))
+        about = {"fit": f"mixture of {CENTRES} kernels about the chains' poses"}
+        mixture = Recovery("proxies", ("proxy",), lambda x, columns, _: _Mixture(self, columns["pose"]), about, ("pose",), CENTRES)
         return Chain([*self.chain.steps, mixture, Factor("main net again", ("z",), self._step, log_prob, ("proxy",))])
 
     def _step(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
@@ -229,7 +229,7 @@ class GNPESampler(Contexts):
     def sample_and_log_prob(self, x: Fields, n: int, seed: int) -> tuple[NDArray[np.float32], Array, Array]:
         """Draws by one step from the proxies' density: z (B, n, D), log q(z, proxy | x) (B, n), and log K(proxy | p(z)) (B, n), which
         belongs into the target of importance weights; it is -inf of draws outside the prior's support. Raises ChainError."""
-        states = [self.recovered.sample(part, max(n, CENTRES), _own(seed, k), device=str(self.device))
+        states = [self.recovered.sample(part, n, _own(seed, k), device=str(self.device))
                   for k, part in enumerate(self._parts(x, max(n, CENTRES)))]
         self._judge(states)
         out = []
@@ -239,7 +239,7 @@ class GNPESampler(Contexts):
             z = torch.where(outside[:, None], 0.0, z)
             log_kernel = torch.where(outside, -torch.inf, self.frame.log_kernel(proxy, self.frame.pose(z)))
             shape = state.log_weight.shape
-            out.append([v.unflatten(0, shape)[:, :n].cpu().numpy() for v in (z, log_kernel)] + [state.log_q[:, :n].cpu().numpy()])
+            out.append([v.unflatten(0, shape).cpu().numpy() for v in (z, log_kernel)] + [state.log_q.cpu().numpy()])
         z, log_kernel, log_q = (np.concatenate(part) for part in zip(*out, strict=True))
         return z, log_q, log_kernel
 

@@ -307,7 +307,7 @@ class Density(Protocol):
 @dataclass(frozen=True)
 class Recovery:
     """Density recovery: fits a density to columns of draws (by default those that it gives), forgets all, and draws anew from it, with
-    their exact log q."""
+    their exact log q. fitted_on: how many draws the steps before it make, by default as many as are asked for."""
 
     kind: ClassVar[str] = "recovery"
     name: str
@@ -315,6 +315,7 @@ class Recovery:
     fit: Callable[[Any, Columns, Generator], Density]
     about: Json = field(default_factory=dict)
     fitted_to: tuple[str, ...] = ()
+    fitted_on: int | None = None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -327,7 +328,7 @@ class Recovery:
     def run(self, state: State, x: Any, n: int, generator: Generator) -> State:
         fitted = self.fit(x, {k: state.columns[k] for k in self.needs}, generator)
         new, log_q = fitted.draw(x, {}, n, generator)
-        return replace(state, columns=_given(self, new, state, n), log_q=log_q)
+        return replace(state, columns=_given(self, new, state, n), log_q=log_q, log_weight=torch.zeros_like(log_q))
 
     def describe(self) -> Json:
         return _described(self, density=True, **self.about)
@@ -414,13 +415,20 @@ class Chain:
 
     def sample(self, x: Mapping[str, Any], n: int, seed: int, columns: Columns | None = None, device: str = "cpu") -> State:
         """n draws for each of the B observations x, name -> (B, ...); columns: those `given`. The same seed gives the same draws."""
-        batch = len(next(iter(x.values())))
-        zeros = torch.zeros(batch, n, dtype=torch.float64, device=device)
+        batch, counts = len(next(iter(x.values()))), self._counts(n)
+        zeros = torch.zeros(batch, counts[0], dtype=torch.float64, device=device)
         state = State(self._started(columns or {}), zeros, zeros)
         generator = torch.Generator(device).manual_seed(stream(seed))
-        for step in self.steps:
-            state = step.run(state, x, n, generator)
+        for step, count in zip(self.steps, counts, strict=True):
+            state = step.run(state, x, count, generator)
         return state
+
+    def _counts(self, n: int) -> list[int]:
+        """The draws that each step makes: before a recovery, those that it is fitted on."""
+        counts = [n]
+        for step in reversed(self.steps[1:]):
+            counts.append((step.fitted_on or counts[-1]) if isinstance(step, Recovery) else counts[-1])
+        return counts[::-1]
 
     def _started(self, columns: Columns) -> dict[str, Tensor]:
         if lacking := [c for c in self.given if c not in columns]:

@@ -32,7 +32,7 @@ __all__ = ["ACTIVATIONS", "BUILT_IN", "Fused", "ResidualBlock", "Shape", "apply"
            "numbers", "of_user", "parts_of", "prepare", "reads_all", "register", "seed_bases", "shared_axes", "source_digest", "unscaled",
            "width_of"]
 
-MOST_NUMBERS = 512
+MOST_NUMBERS = 2048
 Size = tuple[int, ...]
 
 
