@@ -22,6 +22,7 @@ from sbiplat.diagnostics.adversarial import AttackSettings
 from sbiplat.estimators.base import ESTIMATORS, find
 from sbiplat.gate.criteria import Criteria
 from sbiplat.simulator import check, resolve
+from sbiplat.symmetry.settings import SymmetrySettings
 from sbiplat.training.begin import TrainSettings
 
 ROOT = Path(__file__).parents[1]
@@ -283,7 +284,7 @@ SETTINGS_OF = {name: find(name).settings_class for name in ESTIMATORS}
 
 
 @pytest.mark.parametrize(("document", "cls"), [*(("estimators.md", cls) for cls in SETTINGS_OF.values()),
-                                               ("how-to.md", TrainSettings), ("gate.md", Criteria), ("gate.md", AttackSettings)])
+                                               ("how-to.md", TrainSettings), ("equivariance.md", SymmetrySettings), ("gate.md", Criteria), ("gate.md", AttackSettings)])
 def test_the_docs_list_the_settings_as_the_code_has_them(document, cls):
     text = (ROOT / "docs" / document).read_text()
     shown = re.search(rf"<!-- settings: {cls.__name__} -->\n\n((?:\|.*\n)*)", text)

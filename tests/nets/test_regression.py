@@ -9,7 +9,7 @@ from sbiplat.estimators.npe import NPE
 from sbiplat.nets.regression import Regression
 from sbiplat.observation import ObservationSpec
 from sbiplat.progress import silent
-from sbiplat.training import trainer
+from sbiplat.training import batches, trainer
 
 ROWS, FEATURES, DIM = 20_000, 6, 3
 
@@ -139,7 +139,7 @@ def test_training_says_whether_every_row_was_fitted(line_bank, tmp_path, monkeyp
 
     monkeypatch.setattr(trainer._Training, "finish", finish)
     sp.train(line_bank, "npe", out=tmp_path / "all", flow="gaussian", max_epochs=1, progress=silent)
-    monkeypatch.setattr(trainer, "SCALE_ROWS", 2000)
+    monkeypatch.setattr(batches, "SCALE_ROWS", 2000)
     sp.train(line_bank, "npe", out=tmp_path / "some", flow="gaussian", max_epochs=1, progress=silent)
     assert seen == [True, False]
 
