@@ -69,8 +69,11 @@ def show(cells: Mapping[str, Any], methods: Sequence[str]) -> None:
 def _show_needed(found: Found) -> None:
     rows = []
     for (problem, method, budget), cell in found.items():
-        plain = {b: score(c) for (p, m, b), c in found.items() if (p, m) == (problem, "npe")}
-        if method != "npe" and plain and budget < max(plain):
+        plain: dict[int, float] = {}  # the better of its nets
+        for (p, m, b), c in found.items():
+            if p == problem and m.startswith("npe"):
+                plain[b] = min(score(c), plain.get(b, 1.0))
+        if not method.startswith("npe") and plain and budget < max(plain):
             count = needed(plain, score(cell))
             at_most = "at most " if count == min(plain) else ""
             needs = f"more than {max(plain):,}" if count is None else f"{at_most}{count:,.0f}"

@@ -16,8 +16,8 @@ best, and a margin; a draw in the outer half of the margin says that this was to
 weight is above the bound, the bound rises to it, and what was kept is held against the new one.
 
 A chain that begins at an exact draw is exact at every step, whether or not it mixes: `evolved` makes many draws of some hundred in this
-way, by differential evolution (ter Braak, Statistics and Computing 16, 239, 2006), in which each half of the chains moves by differences of the
-other. Draws of one chain are dependent; each of them has the posterior's law.
+way, by differential evolution (ter Braak, Statistics and Computing 16, 239, 2006), in which each half of the chains moves by differences of
+the other. Draws of one chain are dependent; each of them has the posterior's law.
 """
 
 from __future__ import annotations
