@@ -1,8 +1,9 @@
 r"""Equivariance: npe, npe with augmented rows and GNPE at equal budgets, against exact posteriors.
 
 All methods of a problem have one embedding, one flow and one pair of seeds, and differ in `symmetry` alone; `npe-cnn1d` is plain npe with
-convolutions. Observations are drawn from the prior; against 10,000 reference draws of each stand C2ST (sbibm's protocol) and the Jensen-Shannon divergence of every marginal. What
-either of them finds between two independent sets of reference draws is its floor. Seconds are the processor's, of one thread.
+convolutions. Observations are drawn from the prior; against 10,000 reference draws of each stand C2ST (sbibm's protocol) and the
+Jensen-Shannon divergence of every marginal. What either of them finds between two independent sets of reference draws is its floor.
+Seconds are the processor's, of one thread.
 
     reference  the floors, and how long the exact sampler takes
     methods    training, draws, C2ST and divergences; of GNPE also the chains, and draws by importance weights, whose target is
