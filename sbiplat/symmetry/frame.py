@@ -99,12 +99,14 @@ class Frame:
         return u, log_det
 
     def from_relative(self, u: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, D) of u (B, D), and whether each lies in the prior's support (B,); z is clipped into it where it does not."""
+        """z (B, D) of u (B, D), and whether each is the u of that z, (B,): not beyond the prior's support, into which z is clipped, nor
+        beyond the chart's range, such as once around a circle."""
         if not self._moved:
             return u, torch.ones(len(u), dtype=torch.bool, device=u.device)
         seen = self._placed(u)
-        theta, _ = self.action.act_theta(proxy, self.action.unchart(seen))
-        z, inside = u.clone(), np.ones(len(u), bool)
+        standard = self.action.unchart(seen)
+        theta, _ = self.action.act_theta(proxy, standard)
+        z, inside = u.clone(), ((self.action.chart(standard)[0] - seen).abs() <= 1e-6 * (1 + seen.abs())).all(-1).cpu().numpy()
         for place, k, law in self._moved:
             values = theta[:, place].cpu().numpy()
             good = law.contains(values)
