@@ -3,7 +3,8 @@ r"""Reference posteriors of the chirp, and how far they are to be trusted.
 For each of three observations whose truths are drawn from the prior (the first is that of workflows/chirp.toml): 5,000 exact draws by
 rejection from the prior (simulators/chirp_posterior.py), kept in results/chirp_reference_K.npz with x and the truth. Then the checks:
 nested sampling of the full likelihood, without any marginalisation, by another code (nautilus: Lange, MNRAS 525, 3181, 2023), compared by
-C2ST and moments; and calibration, the ranks of truths in posteriors of observations drawn from the prior. Every cell is kept, and what is there is not made again.
+C2ST and moments; and calibration, the ranks of truths in posteriors of observations drawn from the prior. Every cell is kept, and
+what is there is not made again.
 
     python benchmarks/chirp_reference.py                 # the draws
     python benchmarks/chirp_reference.py nested          # and the first one again by nested sampling

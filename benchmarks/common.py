@@ -1,4 +1,4 @@
-"""What the benchmarks share: results as JSON cells kept as they are made, C2ST by sbibm's protocol, the machine's description."""
+"""What the benchmarks share: results as JSON cells kept as they are made, C2ST by sbibm's protocol, divergences, what machine it was."""
 
 from __future__ import annotations
 
@@ -127,6 +127,23 @@ def c2st(a: NDArray[np.float64], b: NDArray[np.float64], seed: int = 1) -> list[
                 if not len(net):
                     return right.view(pairs, folds).mean(1).tolist()
     raise RuntimeError(f"classifiers of C2ST did not converge in {most_epochs} epochs")
+
+
+def jensen_shannon(a: NDArray[np.float64], b: NDArray[np.float64], grid: int = 1000) -> NDArray[np.float64]:
+    """Jensen-Shannon divergence of each marginal of two sets of draws (n, D) and (m, D), in mnat: (D,).
+
+    As in gravitational-wave astronomy (Romero-Shaw et al., 2020; Dax et al., 2021): Gaussian kernel density estimates with Scott's
+    width, on a grid over the range of both sets, base e. Of two sets of 10,000 draws of one law it is about 0.3.
+    """
+    from scipy.spatial.distance import jensenshannon
+    from scipy.stats import gaussian_kde
+
+    found = []
+    for first, second in zip(a.T, b.T, strict=True):
+        places = np.linspace(min(first.min(), second.min()), max(first.max(), second.max()), grid)
+        densities = [gaussian_kde(draws)(places) for draws in (first, second)]
+        found.append(1e3 * jensenshannon(*(np.where(d > 1e-200 * d.max(), d, 0) for d in densities)) ** 2)  # half of a denormal is 0
+    return np.array(found)
 
 
 def table(rows: list[list[Any]], header: list[str]) -> str:

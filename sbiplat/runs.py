@@ -128,7 +128,7 @@ class Run:
         the code of a user's embedding as it is now."""
         code = source_digest(getattr(self.architecture.settings, "embedding", "mlp"))
         training = {k: v for k, v in self.record["training"].items() if k not in PRACTICAL}
-        parts = {k: self.record[k] for k in ("architecture", "prior", "seed", "split")}
+        parts = {k: self.record[k] for k in ("architecture", "prior", "seed", "split", "symmetry") if k in self.record}
         observe = self.record.get("observe_source")
         recalibration = {"recalibration": self.recalibration} if self.recalibration is not None else {}
         return files.digest_of({**parts, "training": training, "embedding_code": code, "observe_code": observe, **recalibration})

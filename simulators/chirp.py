@@ -1,20 +1,21 @@
 r"""The inspiral of a compact binary in a network of gravitational-wave detectors, in two sizes: `chirp` and `chirp_full`.
 
-x is strain in the frequency domain, whitened by the detectors' design noise. A detector d at frequency f_k with bin width :math:`\Delta_k` has
+x is strain in the frequency domain, whitened by the detectors' design noise. Detector d at f_k, in a bin :math:`\Delta_k` wide, has
 
 .. math:: x_{dk} = s_{dk}(\theta) + n_{dk}, \qquad
-          s_{dk} = \sqrt{\tfrac{4 \Delta_k}{S_d(f_k)}} \, \big( F_+^d \tilde h_+ + F_\times^d \tilde h_\times \big)(f_k) \, e^{-2 \pi i f_k \tau_d},
+          s_{dk} = \sqrt{\frac{4 \Delta_k}{S_d(f_k)}} \, \big( F_+^d \tilde h_+ + F_\times^d \tilde h_\times \big)(f_k) \,
+                   e^{-2 \pi i f_k \tau_d},
 
-with n of unit variance in the real and in the imaginary part: stationary Gaussian noise with the one-sided power spectrum S_d. So the
-likelihood is Gaussian (Whittle's), and :math:`\rho^2 = \sum |s_{dk}|^2` is the squared optimal signal-to-noise ratio of matched filtering. See
-chirp_waveform.py for h and S, and chirp_detectors.py for the antenna patterns F and the delays :math:`\tau_d`.
+with n of unit variance in the real and in the imaginary part: stationary Gaussian noise with the one-sided power spectrum S_d. So
+the likelihood is Gaussian (Whittle's), and :math:`\rho^2 = \sum |s_{dk}|^2` is the square of the optimal signal-to-noise ratio of
+matched filtering. See chirp_waveform.py for h and S, and chirp_detectors.py for the antenna patterns F and the delays :math:`\tau_d`.
 
 Bins are as fine as the signal needs: at f, :math:`\Delta = 1/T` with T the shortest power of two of seconds that holds the
-slowest chirp of the prior from f to its end (as in Vinciguerra, Veitch & Mandel, CQG 34, 115006, 2017). A bank holds the signals s; noise is
-drawn at training time. Times are in seconds about a trigger time whose sidereal time is fixed.
+slowest chirp of the prior from f to its end (as in Vinciguerra, Veitch & Mandel, CQG 34, 115006, 2017). A bank holds the signals s;
+noise is drawn at training time. Times are in seconds about a trigger time whose sidereal time is fixed.
 
-Symmetry: a common shift of time, exact, whose pose is the arrival time at the first detector; beside it, approximate, the further delay at each
-other one (Dax et al., PRL 127, 241103, 2021).
+Symmetry: a common shift of time, exact, whose pose is the arrival time at the first detector; beside it, approximate, the further
+delay at each other one (Dax et al., PRL 127, 241103, 2021).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from numpy.typing import NDArray
 import sbiplat as sp
 from sbiplat.lazy import Lazy
 from sbiplat.symmetry import Product
-from simulators.chirp_detectors import H1, L1, V1, ArrivalDelay, ArrivalTime, Detector
+from simulators.chirp_detectors import H1, L1, V1, ArrivalDelay, ArrivalTime, Detector, around_baseline
 from simulators.chirp_posterior import Problem
 from simulators.chirp_waveform import (
     advanced_ligo,
@@ -57,7 +58,10 @@ ROWS = 4096  # rows at once: their phases fit in the cache
 
 
 def bands(f_min: float, f_max: float, chirp_mass: float, shortest: float) -> tuple[Array, Array]:
-    """Frequencies from f_min to below f_max, and the bins' widths, for signals of that chirp mass and heavier; no T below `shortest`, a power of two."""
+    """Frequencies from f_min to below f_max, and the bins' widths, for signals of that chirp mass and heavier.
+
+    No T is below `shortest`, a power of two.
+    """
 
     def spacing(f: float) -> float:
         return 1.0 / max(shortest, 2.0 ** math.ceil(math.log2(chirp_time(f, chirp_mass) + MARGIN)))
@@ -183,9 +187,10 @@ SMALL_PRIOR = sp.Prior({
 
 
 def posterior_sampler(x: NDArray[Any], n: int, rng: np.random.Generator) -> Array:
-    """n exact draws (n, 7) given x (2, 2, F): see chirp_posterior.py. Seconds for hundreds, a minute or so for thousands."""
+    """n exact draws (n, 7) given x (2, 2, F): see chirp_posterior.py."""
     support = np.array([marginal.support for marginal in SMALL_PRIOR.law.marginals])
-    return Problem(support, lambda theta: small_signals(theta, np.float64), SMALL.frequencies).draw(np.asarray(x), n, rng)
+    sky = partial(around_baseline, *SMALL.detectors)
+    return Problem(support, lambda theta: small_signals(theta, np.float64), SMALL.frequencies, sky).draw(np.asarray(x), n, rng)
 
 
 @sp.simulator(

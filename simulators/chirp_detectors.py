@@ -5,15 +5,14 @@ A source in the direction n reaches the detector at r later than the earth's cen
 
 .. math:: F_+ = D^{ij} (X_i X_j - Y_i Y_j), \qquad F_\times = D^{ij} (X_i Y_j + Y_i X_j), \qquad D = \tfrac12 (x \otimes x - y \otimes y),
 
-x and y the directions of its arms and X, Y the axes of the wave, turned by the polarisation angle (Anderson, Brady, Creighton & Flanagan, PRD
-63, 042003, 2001, appendix B). All in the earth-fixed frame of WGS 84; wavelengths are long against the arms. The sidereal time
-is fixed.
+x and y the directions of its arms and X, Y the axes of the wave, turned by the polarisation angle (Anderson, Brady, Creighton &
+Flanagan, PRD 63, 042003, 2001, appendix B). All in the earth-fixed frame of WGS 84; wavelengths are long against the arms. The sidereal
+time is fixed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,7 +44,7 @@ class Detector:
     x_arm: tuple[float, float, float]
     y_arm: tuple[float, float, float]
 
-    @cached_property
+    @property
     def tensor(self) -> Array:
         """D, (3, 3)."""
         return 0.5 * (np.outer(self.x_arm, self.x_arm) - np.outer(self.y_arm, self.y_arm))
@@ -76,6 +75,18 @@ def direction(ra: Any, sin_dec: Any, lib: Any = np) -> tuple[Any, Any, Any]:
     return cos_dec * lib.cos(ra - SIDEREAL), cos_dec * lib.sin(ra - SIDEREAL), sin_dec
 
 
+def around_baseline(a: Detector, b: Detector, u: Array) -> Array:
+    """(ra, sin_dec) (B, 2) of points u (B, 2) of the unit square, equal areas of the sky for equal areas: u_1 is linear in the delay
+    between two detectors, u_2 the angle around their baseline."""
+    axis = np.subtract(a.vertex, b.vertex)
+    axis = axis / np.linalg.norm(axis)
+    one = np.cross(axis, (0.0, 0.0, 1.0))
+    one /= np.linalg.norm(one)
+    cos, angle = 2.0 * u[:, :1] - 1.0, 2.0 * np.pi * u[:, 1:]
+    n = cos * axis + np.sqrt(1.0 - cos**2) * (np.cos(angle) * one + np.sin(angle) * np.cross(axis, one))
+    return np.stack([(np.arctan2(n[:, 1], n[:, 0]) + SIDEREAL) % (2.0 * np.pi), n[:, 2].clip(-1.0, 1.0)], 1)
+
+
 def wave_axes(ra: Array, sin_dec: Array, polarisation: Array) -> tuple[Array, Array]:
     """X and Y, (3, B): west and north at the source as the earth sees it, turned by the polarisation angle."""
     longitude, cos_dec = ra - SIDEREAL, np.sqrt(1.0 - sin_dec**2)
@@ -90,8 +101,8 @@ def wave_axes(ra: Array, sin_dec: Array, polarisation: Array) -> tuple[Array, Ar
 
 @dataclass(frozen=True)
 class ArrivalTime(GroupAction):
-    """A common shift of time, exact: the pose is the time of coalescence at one detector, t_c + delay(ra, sin_dec); all detectors are shifted, and t_c
-    with them.
+    """A common shift of time, exact: the pose is the time of coalescence at one detector, t_c + delay(ra, sin_dec); all detectors are
+    shifted, and t_c with them.
 
     frequencies: (F,), Hz, of spectra x of shape (detectors, 2, F), real and imaginary parts.
     """

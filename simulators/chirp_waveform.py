@@ -2,15 +2,17 @@ r"""The inspiral of two point masses without spin in the frequency domain (Taylo
 
 In the stationary-phase approximation the polarisations of the quadrupole at frequency f > 0 are
 
-.. math:: \tilde h_+ = -\tfrac{1 + \cos^2 \iota}{2} A f^{-7/6} e^{-i \Psi}, \qquad \tilde h_\times = i \cos \iota \, A f^{-7/6} e^{-i \Psi}, \qquad
+.. math:: \tilde h_+ = -\tfrac{1 + \cos^2 \iota}{2} A f^{-7/6} e^{-i \Psi}, \qquad
+          \tilde h_\times = i \cos \iota \, A f^{-7/6} e^{-i \Psi}, \qquad
           A = \frac{c}{D_L} \sqrt{\tfrac{5}{24}} \, \pi^{-2/3} \Big( \frac{G \mathcal{M}}{c^3} \Big)^{5/6},
 
 .. math:: \Psi = 2 \pi f t_c - \phi_c - \frac{\pi}{4} + \psi(f), \qquad
           \psi = \frac{3}{128 \eta} \sum_{k=0}^{7} \varphi_k v^{k-5}, \qquad v = (\pi G M f / c^3)^{1/3},
 
-with the phase to 3.5 post-Newtonian orders (Buonanno et al., PRD 80, 084043, 2009, eq. 3.18) and the Newtonian amplitude, up to the frequency of
-the innermost stable circular orbit of Schwarzschild's geometry, :math:`f_{ISCO} = c^3 / (6^{3/2} \pi G M)`. The parameter `phase` is not :math:`\phi_c`, which
-lies outside of the band and is hardly measured, but the wave's phase :math:`\phi` at the moment when its frequency is :math:`f_r` = 50 Hz,
+with the phase to 3.5 post-Newtonian orders (Buonanno et al., PRD 80, 084043, 2009, eq. 3.18) and the Newtonian amplitude, up to the
+frequency of the innermost stable circular orbit of Schwarzschild's geometry, :math:`f_{ISCO} = c^3 / (6^{3/2} \pi G M)`. The parameter
+`phase` is not :math:`\phi_c`, which lies outside of the band and is hardly measured, but the wave's phase :math:`\phi` at the moment when
+its frequency is :math:`f_r` = 50 Hz,
 
 .. math:: \phi_c = \phi + \psi(f_r) - f_r \psi'(f_r),
 
@@ -32,7 +34,7 @@ LIGHT = 299_792_458.0  # m/s, exact (SI)
 SUN = 1.3271244e20 / LIGHT**3  # s: the nominal solar mass parameter GM of IAU 2015 resolution B3, over c^3
 MEGAPARSEC = 1e6 * 648_000 / math.pi * 149_597_870_700.0 / LIGHT  # s: IAU 2015 resolution B2 and 2012 resolution B2, over c
 REFERENCE = 50.0  # Hz, f_r
-_POWERS = (0, 2, 3, 4, 5, 6, 7)  # k of v^(k - 5)
+_POWERS = (0, 2, 3, 4, 5, 6, 7)  # k of v^(k - 5); a point particle's phase has no k = 1
 
 
 def total_mass(chirp_mass: Array, mass_ratio: Array) -> tuple[Array, Array]:

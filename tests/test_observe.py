@@ -12,7 +12,7 @@ import sbiplat as sp
 from sbiplat.errors import OtherTraining, RunError, SimulatorError
 from sbiplat.progress import silent
 from sbiplat.simulator import check
-from sbiplat.training import trainer
+from sbiplat.training import batches, trainer
 
 NOISE = 0.5
 PRIOR = sp.Prior({"a": sp.Normal(0.0, 1.0), "b": sp.Normal(0.0, 1.0)})
@@ -78,8 +78,8 @@ def test_noise_is_fresh_every_epoch_and_fixed_for_validation(bank, tmp_path, mon
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(streamed, bank, tmp_path, monkeypatch):
     if streamed:
-        original = trainer.Batches
-        monkeypatch.setattr(trainer, "Batches", lambda *a: original(*a[:-1], 20_000))
+        original = batches.Batches
+        monkeypatch.setattr(batches, "Batches", lambda *a: original(*a[:-1], 20_000))
     whole = train(bank, tmp_path / "whole", simulator(), max_epochs=3)
     steps, step = [0], trainer._Training._step
 

@@ -6,7 +6,7 @@ against known answers. A posterior is drawn from once a pair; all tests see the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,13 +36,15 @@ CHUNK_NUMBERS = 2**22
 KEPT_NUMBERS = 2**24
 LEAST_CHUNKS = 20  # so that a slow gate shows that it goes on
 KEPT = 100
+GIBBS = ("gibbs_steps", "gibbs_rho", "gibbs_rho_theory")  # of a sampler's diagnostics
 
 
 @dataclass(frozen=True)
 class HeldOutFigures:
     """What the gate decides on. ranks: (P, K), the first of each set in `coverages`. density_draws: draws a pair at which the density was
-    evaluated, 0 where there is none. refused: the share of pairs whose
-    chains disagree, None without chains. unusable: the share of pairs with draws or a log-density that are not finite."""
+    evaluated, 0 where there is none. unusable: the share of pairs with draws or a log-density that are not finite. refused: the share of
+    pairs whose chains disagree or have not converged, None without chains. gibbs: the most steps and the largest correlations of GNPE's.
+    """
 
     pairs: int
     draws: int
@@ -55,6 +57,7 @@ class HeldOutFigures:
     density_draws: int
     unusable: float
     refused: float | None = None
+    gibbs: Mapping[str, float] | None = None
 
 
 class HeldOut:
@@ -100,7 +103,10 @@ class HeldOut:
         """Everything of one chunk of pairs that needs its draws."""
         with judging(self.examined.posterior.sampler) as judged:
             out = self._drawn(part, k)
-        return out if judged is None else {**out, "refused": np.any(judged, axis=0)}
+        told = getattr(self.examined.posterior.sampler, "diagnostics", {})
+        chains = np.array([told[name] for name in GIBBS], float) if GIBBS[0] in told else None
+        return {**out, **({} if judged is None else {"refused": np.any(judged, axis=0)}),
+                **({} if chains is None else {"gibbs": np.tile(chains, (part.stop - part.start, 1))})}
 
     def _drawn(self, part: slice, k: int) -> dict[str, Array]:
         examined, posterior, truth = self.examined, self.examined.posterior, self.truth[part]
@@ -213,6 +219,7 @@ class HeldOut:
             joint_c2st(truth, kept, x, Map(self.references, prior.dim, x.shape[1], mapping), testing),
             self._information(found, truth, estimates), min(self.density_draws, self._kept) if "hpd" in found else 0,
             float(found["unusable"].mean()), float(found["refused"].mean()) if "refused" in found else None,
+            dict(zip(GIBBS, found["gibbs"].max(0).tolist(), strict=True)) if "gibbs" in found else None,
         )
 
     def _information(self, found: dict[str, Array], truth: Array, estimates: Array) -> Information:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sbiplat.errors import SettingError
 from sbiplat.estimators.base import Architecture, Estimator, find
-from sbiplat.estimators.conditioned import Conditioned, ConditionedSettings
+from sbiplat.estimators.conditioned import ConditionedSettings
 from sbiplat.estimators.npe import NPE, NPESettings
 from sbiplat.nets import embeddings
 from sbiplat.prior import Prior
@@ -30,6 +30,7 @@ from sbiplat.symmetry import names
 from sbiplat.symmetry.frame import PROXY, Frame
 
 INITIAL = "initial"
+BASES = ("npe", "fmpe", "npse")  # nets of theta given x
 _SCALES_SEED = 0x6E9E
 
 
@@ -101,9 +102,9 @@ class Equivariant(Estimator):
         symmetry = architecture.symmetry
         assert symmetry is not None
         self.frame, self.most_steps = frame_of(symmetry), int(symmetry["gibbs_steps"])
+        if architecture.estimator not in BASES:
+            raise SettingError(f"symmetry = 'gnpe' goes with {', '.join(BASES)}, and the estimator is {architecture.estimator}")
         base = find(architecture.estimator)
-        if not issubclass(base, Conditioned):
-            raise SettingError(f"symmetry = gnpe goes with npe, fmpe and npse, and the estimator is {architecture.estimator}")
         settings = symmetry["initial"]
         self.initial = PoseNet(replace(architecture, estimator="npe", settings=build_settings(NPESettings, settings)))
         self.initial.requires_grad_(False)

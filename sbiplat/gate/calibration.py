@@ -80,6 +80,7 @@ def examine(examined: Examined, criteria: CalibrationCriteria) -> Part:
         "local_coverage": {k: getattr(local, k) for k in ("p_value", "departure", "name", "axis", "tenth", "kind")},
         "regions": {k: getattr(regions, k) for k in ("p_value", "departure", "name", "tenth")},
         "c2st": asdict(figures.joint), "density_draws": figures.density_draws, "refused_pairs": figures.refused,
+        **({"gibbs": dict(figures.gibbs)} if figures.gibbs is not None else {}),
         "level": level, "pairs_at_most": pairs,
     }
     untested = ("coverage of regions of highest density",) if not figures.density_draws else ()

@@ -105,8 +105,13 @@ class Frame:
             return u, torch.ones(len(u), dtype=torch.bool, device=u.device)
         seen = self._placed(u)
         standard = self.action.unchart(seen)
-        theta, _ = self.action.act_theta(proxy, standard)
-        z, inside = u.clone(), ((self.action.chart(standard)[0] - seen).abs() <= 1e-6 * (1 + seen.abs())).all(-1).cpu().numpy()
+        z, inside = self.put(u, self.action.act_theta(proxy, standard)[0])
+        return z, inside & ((self.action.chart(standard)[0] - seen).abs() <= 1e-6 * (1 + seen.abs())).all(-1)
+
+    def put(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """z (B, D) with its moved columns those of the action's parameters theta (B, k), clipped into the prior's support, and whether
+        they lie there (B,)."""
+        z, inside = z.clone(), np.ones(len(z), bool)
         for place, k, law in self._moved:
             values = theta[:, place].cpu().numpy()
             good = law.contains(values)
@@ -115,8 +120,8 @@ class Frame:
             values = np.where(good, values, np.clip(np.nan_to_num(values), low, high))
             with np.errstate(divide="ignore", invalid="ignore"):
                 own = np.clip(law.to_normal(values), -EDGE, EDGE)
-            z[:, k] = torch.as_tensor(own, device=u.device).to(u.dtype)
-        return z, torch.as_tensor(inside, device=u.device)
+            z[:, k] = torch.as_tensor(own, device=z.device).to(z.dtype)
+        return z, torch.as_tensor(inside, device=z.device)
 
     def _placed(self, u: Tensor) -> Tensor:
         """The action's columns of u: the chart's numbers where it moves, theta elsewhere."""
@@ -150,18 +155,23 @@ class Frame:
     def slope_of_prior(self, z: Tensor, generator: torch.Generator) -> tuple[float, float]:
         """How far the prior is from flat over the kernel, of rows z (N, D): the root mean square of log p(h theta) |det| / p(theta)
         over moves h of the kernel that stay in the support, and the share of moves that leave it."""
-        theta = self.parameters(z)
         if not self._moved:
             return 0.0, 0.0
+        theta = self.parameters(z)
         pose = self.action.pose_of(theta)
-        moved, log_det = self.action.act_theta(self.action.compose(self.blur(pose, generator), self.action.inverse(pose)), theta)
-        change, inside = log_det.cpu().numpy().copy(), np.ones(len(theta), bool)
+        change = self.moved_by(self.action.compose(self.blur(pose, generator), self.action.inverse(pose)), theta)[1]
+        inside = torch.isfinite(change)
+        return float(change[inside].square().mean().sqrt()) if inside.any() else float("inf"), float((~inside).double().mean())
+
+    def moved_by(self, h: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """h theta (B, k) of the action's parameters theta (B, k), and log p(h theta) |det| / p(theta), (B,): -inf outside the support."""
+        moved, log_det = self.action.act_theta(h, theta)
+        change = log_det.cpu().numpy().copy()
         for place, _, law in self._moved:
             before, after = theta[:, place].cpu().numpy(), moved[:, place].cpu().numpy()
             good = law.contains(after)
-            inside &= good
-            change += np.where(good, law.log_prob(np.where(good, after, before)) - law.log_prob(before), 0.0)
-        return float(np.sqrt(np.mean(change[inside] ** 2))) if inside.any() else float("inf"), float(1 - inside.mean())
+            change += np.where(good, law.log_prob(np.where(good, after, before)) - law.log_prob(before), -np.inf)
+        return moved, torch.as_tensor(change, device=theta.device)
 
 
 EDGE = 8.0  # of z: within a part in 10^15 of an edge of the support

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from sbiplat.bank.layout import STATUS, simulator_of
 from sbiplat.bank.stream import Split, pairs_at, split
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
 from sbiplat.estimators.base import Architecture, Estimator, find, find_trained_here
+from sbiplat.estimators.equivariant import BASES
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
@@ -25,8 +27,10 @@ from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 from sbiplat.symmetry import names
 from sbiplat.symmetry.action import GroupAction
+from sbiplat.symmetry.augment import Augmentation
 from sbiplat.symmetry.contract import check_action, check_algebra
-from sbiplat.symmetry.settings import NONE, SymmetrySettings
+from sbiplat.symmetry.frame import PROXY, name_of, widths_of
+from sbiplat.symmetry.settings import AUGMENT, GNPE, NONE, SymmetrySettings
 from sbiplat.training.defence import checked
 
 PRECISIONS = ("float32", "bf16")
@@ -101,6 +105,7 @@ class Plan:
     symmetry: SymmetrySettings = PLAIN
     action: GroupAction | None = None  # of the simulator, where symmetry asks for it
     simulator: Simulator | None = None  # then
+    augmentation: Augmentation | None = None  # what moves rows, where symmetry is augment
     start: Callable[[Estimator], None] | None = None  # what an estimator is given before its training
 
     def record(self, out: Path) -> dict[str, Any]:
@@ -117,8 +122,18 @@ class Plan:
                       "left_out": apart.left_out, "digest": apart.digest()},
             "observe_source": source_digest(self.observe.function) if self.observe else None,
             "embedding_source": embeddings.source_digest(getattr(shape, "embedding", "mlp")),
-            **({"symmetry": asdict(self.symmetry)} if self.action is not None else {}),
+            **({"symmetry": self._symmetry()} if self.action is not None else {}),
         }
+
+    def _symmetry(self) -> dict[str, Any]:
+        """The settings, the action, and how rows are moved, where they are."""
+        assert self.action is not None
+        about = {**asdict(self.symmetry), "action": names.describe(self.action)}
+        if self.augmentation is None:
+            return about
+        frame = self.augmentation.frame
+        return {**about, "widths": dict(zip(frame.action.coordinates, frame.widths, strict=True)),
+                "acceptance": self.augmentation.acceptance}
 
 
 def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulator | str | None, settings: Mapping[str, Any]) -> Plan:
@@ -130,6 +145,8 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
         values["embedding"] = embeddings.register(values["embedding"])
     ours, theirs, groups = split_settings(values, TrainSettings, kind.settings_class, SymmetrySettings)
     symmetry = build_settings(SymmetrySettings, groups)
+    if symmetry.symmetry != GNPE and (idle := sorted(set(groups) - {"symmetry"})):
+        raise SettingError(f"{idle[0]} is of symmetry = {GNPE!r}, and symmetry = {symmetry.symmetry!r}; leave it away")
     training = filled(build_settings(TrainSettings, ours), bank, kind.training_defaults)
     training = replace(training, defend=checked(training.defend, estimator, kind))
     prior, shape = bank.header.prior, build_settings(kind.settings_class, theirs)
@@ -143,7 +160,8 @@ def plan(bank: Bank | str | Path, estimator: str, seed: int, simulator: Simulato
     if symmetry.symmetry == NONE:
         return made
     action, made_by = action_of(made, simulator)
-    return replace(made, action=action, simulator=made_by)
+    augmentation = Augmentation.of(action, prior) if symmetry.symmetry == AUGMENT else None
+    return replace(made, action=action, simulator=made_by, augmentation=augmentation)
 
 
 def action_of(plan: Plan, simulator: Simulator | str | None) -> tuple[GroupAction, Simulator]:
@@ -154,9 +172,9 @@ def action_of(plan: Plan, simulator: Simulator | str | None) -> tuple[GroupActio
     if made_by.symmetry is None:
         raise SettingError(f"symmetry = {kind!r}: the simulator {made_by.name!r} declares no symmetry; give it one "
                            "(@sp.simulator(..., symmetry=...)), or leave the setting away")
-    if plan.training.compile or getattr(plan.architecture.settings, "members", 1) > 1:
-        raise SettingError(f"symmetry = {kind!r} goes neither with compile = true nor with members; leave them away")
     action = names.resolve_action(made_by.symmetry)
+    if kind == GNPE:
+        _check_gnpe(plan, action)
     check_algebra(action, bank.header.prior, plan.architecture.x)
     names.describe(action, made_by)  # registers it, so that this process finds it again
     return action, made_by
@@ -169,6 +187,23 @@ def check_symmetry(plan: Plan) -> None:
         check_action(plan.simulator, plan.action, rows=CHECKED_ROWS, seconds=CHECKED_SECONDS)
 
 
+def _check_gnpe(plan: Plan, action: GroupAction) -> None:
+    """Raises SettingError where GNPE does not go with the other settings, or with x."""
+    architecture, training = plan.architecture, plan.training
+    if architecture.estimator not in BASES:
+        raise SettingError(f"symmetry = {GNPE!r} goes with {', '.join(BASES)}, and the estimator is {architecture.estimator}")
+    for given, word in ((training.compile, "compile = true"), (getattr(architecture.settings, "members", 1) > 1, "members"),
+                        (bool(training.defend), "defend")):
+        if given:
+            raise SettingError(f"symmetry = {GNPE!r} does not go with {word}; leave it away")
+    if not action.coordinates:
+        raise SettingError(f"symmetry = {GNPE!r}: {name_of(action)} has no pose that a net could infer; for a set alone take embedding = "
+                           "'deepset' and symmetry = 'none', or give it in a Product with an action that has one")
+    if PROXY in architecture.x.shapes:
+        raise SettingError(f"x has a field {PROXY!r} of its own, and GNPE adds one of that name; call it something else")
+    widths_of(action, plan.symmetry.kernel_widths or {})
+
+
 def check_place(out: Path) -> None:
     """A run may begin in a directory that is not there, or has nothing in it; raises RunError."""
     own = ("lock", "initial")
@@ -177,7 +212,8 @@ def check_place(out: Path) -> None:
 
 
 def check_bank(plan: Plan, progress: Progress) -> None:
-    """All that can be told of the bank before anything is written: every byte, and how many rows failed; raises RunError."""
+    """All that can be told of the bank before anything is written: every byte, how many rows failed, and of what is to move them whether
+    it is a symmetry; raises RunError, SymmetryError."""
     bank, apart, estimator = plan.bank, plan.apart, plan.architecture.estimator
     problems = bank.verify(progress)
     if problems:
@@ -188,22 +224,26 @@ def check_bank(plan: Plan, progress: Progress) -> None:
                        f"{most:.2%}: its likelihood would be that of simulations that succeed; return an x in such rows, or use npe")
     if apart.left_out:
         progress.say(f"{apart.left_out} of {bank.rows} rows ({share:.2%}) failed and are left out: "
-                     "the posterior is given that a simulation succeeds")
+                     "the posterior is given that a simulation succeeds"
+                     + ("" if plan.augmentation is None else ", and moved rows may lie where one would have failed"))
+    if plan.augmentation is not None:
+        check_symmetry(plan)
 
 
 def same_training(record: Mapping[str, Any], out: Path) -> Run:
     """The run that stands in `out`, if it is of the same training; raises OtherTraining with the first thing that differs."""
-    run = Run.open(out)
+    run, record = Run.open(out), json.loads(json.dumps(record))  # as it is read back: lists for tuples
 
     def flat(record: Mapping[str, Any]) -> dict[str, Any]:
         training = {**asdict(TrainSettings()), **record["training"]}  # what a run of before a setting lacks is its default
+        symmetry = record.get("symmetry") or {}
         settings = {**record["architecture"]["settings"], **{k: v for k, v in training.items() if k not in PRACTICAL}}
         return {"estimator": record["architecture"]["estimator"], "seed": record["seed"],
                 **{k: list(v) if isinstance(v, tuple) else v for k, v in settings.items()}, "bank": record["bank"]["digest"][:12],
                 "the embedding's code": (record.get("embedding_source") or "none")[:12],
                 "the code of observe": (record.get("observe_source") or "none")[:12],
-                **(record.get("symmetry") or asdict(PLAIN)),
-                "the action": (record["architecture"].get("symmetry") or {}).get("action")}
+                **{k: symmetry.get(k, v) for k, v in asdict(PLAIN).items()},
+                "the action": symmetry.get("action") or (record["architecture"].get("symmetry") or {}).get("action")}
 
     mine, theirs = flat(run.record), flat(record)
     differs = [k for k in theirs if mine.get(k) != theirs[k]]

@@ -19,7 +19,6 @@ import torch
 from sbiplat.bank.stream import pairs_at
 from sbiplat.errors import SettingError
 from sbiplat.estimators.base import Architecture, Estimator
-from sbiplat.estimators.conditioned import Conditioned
 from sbiplat.estimators.equivariant import INITIAL, Equivariant, PoseNet, initial_settings
 from sbiplat.estimators.npe import NPESettings
 from sbiplat.nets.standardise import robust_scale
@@ -55,11 +54,9 @@ class Kernel:
 def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) -> Plan:
     """The training of the main net, once that of the initial one is finished; raises SettingError for a kernel that cannot work."""
     assert wanted.action is not None
-    if not issubclass(wanted.architecture.kind, Conditioned):
-        raise SettingError(f"symmetry = {GNPE!r} goes with npe, fmpe and npse, and the estimator is {wanted.architecture.estimator}")
     if not (out / "initial" / "run.json").exists():
         check_symmetry(wanted)
-    initial = carry_out(_of_pose(wanted), out / "initial", progress)
+    initial = carry_out(_of_pose(wanted), out / "initial", progress, watch=_goes_on)
     kernel = measured(wanted, initial)
     for name, width, spread in zip(wanted.action.coordinates, kernel.widths, kernel.spread, strict=True):
         progress.say(f"{name}: the initial net's spread is {spread:.3g}, the kernel's width {width:.3g}; from five spreads off a chain "
@@ -78,6 +75,11 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
         estimator.initial.load_state_dict(weights)
 
     return replace(wanted, architecture=replace(wanted.architecture, symmetry=about), start=start)
+
+
+def _goes_on(epoch: int, best: float) -> bool:
+    """Watches the initial net's training: more comes after it, so a signal at its end stops there."""
+    return False
 
 
 def predicted_steps(ratio: float) -> float:

@@ -21,7 +21,6 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from sbiplat import files
 from sbiplat.bank.bank import Bank
 from sbiplat.bank.layout import versions
-from sbiplat.bank.stream import Batches, Pairs, pairs_at, take
+from sbiplat.bank.stream import take
 from sbiplat.errors import Diverged, RunError, SettingError
 from sbiplat.estimators.base import Estimator
 from sbiplat.progress import Progress
@@ -42,14 +41,12 @@ from sbiplat.signals import Interrupted, Signals, Stopped
 from sbiplat.simulator import Simulator
 from sbiplat.symmetry.settings import GNPE
 from sbiplat.training import checkpoint
+from sbiplat.training.batches import Rows
 from sbiplat.training.begin import Plan, TrainSettings, check_bank, check_place, plan, same_training
 from sbiplat.training.defence import Defence
 from sbiplat.training.equivariant import settled
 from sbiplat.training.gradient import Gradient, check_compiler
 
-SCALE_ROWS = 50_000
-SCALE_BYTES = 2**28
-PREPARE_ROWS = 8192
 PATIENCE_WITH_NON_FINITE = 20
 MOST_RECOVERIES = 3
 
@@ -82,6 +79,8 @@ def carry_out(wanted: Plan, out: Path, progress: Progress, *, watch: Watch | Non
     """
     torch.set_num_threads(wanted.training.threads)
     if wanted.symmetry.symmetry == GNPE and wanted.action is not None and wanted.architecture.symmetry is None:
+        if (out / "run.json").exists() and (run := same_training(wanted.record(out), out)).finished:
+            return run
         wanted, bank_is_checked = settled(wanted, out, progress, carry_out), True
     record = wanted.record(out)
     if not (out / "run.json").exists():
@@ -107,46 +106,30 @@ def _global_generator_kept() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread an operation meanwhile: the threads of a pool each run operations of their own."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class _Training:
     """One training under way: its state between two steps, and the steps."""
 
     def __init__(self, run: Run, wanted: Plan, progress: Progress, watch: Watch | None) -> None:
-        bank, apart, settings, observe = wanted.bank, wanted.apart, wanted.training, wanted.observe
-        self.run, self.settings, self.observe, self.progress, self.watch = run, settings, observe, progress, watch
+        settings = wanted.training
+        self.run, self.settings, self.progress, self.watch = run, settings, progress, watch
         self.device = torch.device(settings.device)
-        self.batches = Batches(bank, apart, settings.batch_size or 1, run.seed, int(settings.memory_mb * 2**20))
+        self.rows = Rows(wanted, run.seed, progress)
         self.estimator: Estimator = run.architecture.build(run.seed)
-        rows = max(1000, min(SCALE_ROWS, SCALE_BYTES // bank.header.x.row_bytes))
-        scale = self._observed(self._tensors(self.batches.sample(rows), torch.device("cpu")), _noise_seed(run.seed, -2, 0))
-        self.estimator.fit_scales(scale["theta"], scale["x"])
-        fixed = observe is None and not self.estimator.draws_anew  # else x is another in every step
+        scales = self.rows.scales
+        self.estimator.fit_scales(scales["theta"], scales["x"])
         for part in self.estimator.modules():
             if isinstance(part, Estimator):
-                part.rows_were_fitted = fixed and len(scale["theta"]) >= apart.training_rows
-        ready = self.estimator.prepare(scale["x"]) if settings.defend else {}
+                part.rows_were_fitted = self.rows.every_row and not self.estimator.draws_anew
+        ready = self.estimator.prepare(scales["x"]) if settings.defend else {}
         self.defence = Defence(settings.defend, self.estimator, ready, settings.accumulate).to(self.device)
         if wanted.start is not None:
             wanted.start(self.estimator)
         self.estimator.to(self.device)
-        self.validation = self._prepared(pairs_at(bank, apart.validation))
-        self.resident = None
-        if self.batches.resident:  # with observe, x is made anew for every batch
-            self.resident = self._tensors(self.batches.release()) if observe else self._prepared(self.batches.release())
+        self.validation = self.rows.to(self.estimator).validation
         self.gradient = Gradient(self.estimator, settings, self.defence)
         self.parameters = [p for p in self.estimator.parameters() if p.requires_grad]
         self.optimizers = _optimizers(self.parameters, settings)
-        self.total_steps = settings.max_epochs * self.batches.per_epoch
+        self.total_steps = settings.max_epochs * self.rows.per_epoch
         self.average = {k: v.detach().clone() for k, v in self.estimator.state_dict().items()} if settings.ema else None
         self.averaged = _homes(self.estimator) if settings.ema else {}
         self.best: dict[str, Tensor] = self._weights()
@@ -187,7 +170,7 @@ class _Training:
             torch.manual_seed(_epoch_seed(self.run.seed, state["epoch"]))
             state["train_loss"] = 0.0
         self.estimator.train()
-        for batch in self._epoch_batches():
+        for batch in self.rows.epoch(state["epoch"], state["step_in_epoch"]):
             state["train_loss"] += (self._step(batch) - state["train_loss"]) / (state["step_in_epoch"] + 1)
             state["step_in_epoch"] += 1
             state["step"] += 1
@@ -197,32 +180,6 @@ class _Training:
             if time.monotonic() - self._since > self.settings.checkpoint_seconds:
                 self._checkpoint()
         self._end_epoch(advance)
-
-    def _epoch_batches(self) -> Iterator[dict[str, Any]]:
-        epoch, skip = self.state["epoch"], self.state["step_in_epoch"]
-        if self.observe is not None:
-            for k, batch in enumerate(self._raw_batches(), skip):
-                seen = self._observed(batch, _noise_seed(self.run.seed, epoch, k))
-                yield {"theta": seen["theta"], "x": self.estimator.prepare(seen["x"])}
-        elif self.resident is None:
-            for pairs in self.batches.epoch(epoch, skip):
-                yield self._prepared(pairs)
-        else:
-            yield from self._raw_batches()
-
-    def _raw_batches(self) -> Iterator[dict[str, Any]]:
-        epoch, skip = self.state["epoch"], self.state["step_in_epoch"]
-        if self.resident is None:
-            yield from map(self._tensors, self.batches.epoch(epoch, skip))
-            return
-        order = torch.as_tensor(self.batches.order(epoch), device=self.device)
-        size = self.batches.batch_size
-        for k in range(skip, self.batches.per_epoch):
-            yield take(self.resident, order[k * size:(k + 1) * size])
-
-    def _observed(self, pairs: dict[str, Any], seed: int) -> dict[str, Any]:
-        """Tensors with x in place of the signal, where there is an observe."""
-        return pairs if self.observe is None else {"theta": pairs["theta"], "x": self.observe(pairs["x"], pairs["parameters"], seed)}
 
     def _step(self, batch: dict[str, Any]) -> float:
         """One optimizer step; returns the loss, and the running one where the step was left out."""
@@ -352,28 +309,6 @@ class _Training:
         source = self.average if self.average is not None else self.estimator.state_dict()
         return {k: v.detach().clone() for k, v in source.items()}
 
-    def _tensors(self, pairs: Pairs, device: torch.device | None = None) -> dict[str, Any]:
-        device = device or self.device
-        def tensor(values: Any) -> Tensor:
-            return torch.as_tensor(np.ascontiguousarray(values), device=device)
-
-        return {k: {n: tensor(a) for n, a in v.items()} if k == "x" else tensor(v) for k, v in pairs.items()}
-
-    def _prepared(self, pairs: Pairs) -> dict[str, Any]:
-        """Pairs as the loss takes them; in pieces, on as many threads as training has, so that little stands in memory twice."""
-        starts = range(0, len(pairs["theta"]), PREPARE_ROWS)
-
-        def piece(a: int) -> dict[str, Tensor]:
-            part = self._observed(self._tensors(take(pairs, slice(a, a + PREPARE_ROWS))), _noise_seed(self.run.seed, -1, a))
-            return self.estimator.prepare(part["x"])
-
-        if len(starts) == 1:
-            parts = [piece(0)]
-        else:
-            with one_thread(), ThreadPoolExecutor(self.settings.threads) as pool, self.progress.task("prepare", len(starts)) as advance:
-                parts = [(part, advance(1))[0] for part in pool.map(piece, starts)]
-        return {"theta": torch.as_tensor(pairs["theta"], device=self.device), "x": {k: torch.cat([p[k] for p in parts]) for k in parts[0]}}
-
     def _checkpoint(self) -> None:
         self.state["seconds"] += time.monotonic() - self._clock
         self._clock = self._since = time.monotonic()
@@ -428,11 +363,6 @@ def _schedule(step: int, total: int, warmup: float) -> float:
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence(seed, spawn_key=(0x70C4, epoch + 1)).generate_state(1, np.uint64)[0] >> 1)
-
-
-def _noise_seed(seed: int, epoch: int, step: int) -> int:
-    """Of observe's draws: epoch -1 is validation, -2 the rows that set scales."""
-    return int(np.random.SeedSequence(seed, spawn_key=(0x0B5E, epoch + 2, step)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _homes(estimator: Estimator) -> dict[str, tuple[dict[str, Any], str]]:

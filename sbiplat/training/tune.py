@@ -37,7 +37,8 @@ from sbiplat.runs import PRACTICAL, Run
 from sbiplat.settings import Interval, Space, toml_table
 from sbiplat.settings import space as search_space
 from sbiplat.simulator import Simulator
-from sbiplat.training.begin import Plan, TrainSettings, check_bank, check_place, plan
+from sbiplat.symmetry.settings import GNPE
+from sbiplat.training.begin import PLAIN, Plan, TrainSettings, check_bank, check_place, plan
 from sbiplat.training.gradient import check_compiler
 from sbiplat.training.trainer import Abandoned, carry_out
 
@@ -62,6 +63,9 @@ def tune(
         raise SettingError(f"trials = {trials!r}: expected a whole number of at least 1")
     progress = progress or Progress.auto()
     base = plan(bank, estimator, seed, simulator, settings)
+    if base.symmetry.symmetry == GNPE:
+        raise SettingError("tuning compares validation losses, and with symmetry = 'gnpe' each trial's are of its own kernel; tune with "
+                           "symmetry = 'none' or 'augment', and train with what it finds")
     place = _space(base, search, settings)
     with _quiet_optuna():
         return _Search(base, place, settings, simulator, Path(out), progress).run(trials)
@@ -213,7 +217,8 @@ class _Search:
     def _about(self) -> dict[str, Any]:
         """What this search is: of another the trials are not these."""
         record = self.base.record(self.out)
-        settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL}}
+        settings = {**record["architecture"]["settings"], **{k: v for k, v in record["training"].items() if k not in PRACTICAL},
+                    **asdict(self.base.symmetry)}
         about = {"estimator": record["architecture"]["estimator"], "seed": record["seed"], "bank": record["bank"]["digest"],
                  "observe_source": record["observe_source"], "embedding_source": record["embedding_source"],
                  "settings": {k: v for k, v in settings.items() if k not in self.space},
@@ -228,8 +233,9 @@ class _Search:
         found = files.read_json(path, "tune.json", RunError)
         if found.get("format_version") != VERSION:
             raise RunError(f"{path} is of format {found.get('format_version')!r}, this sbiplat reads {VERSION}; give another --out")
+        theirs_all = {**asdict(PLAIN), **_flat(found)}  # a search of before symmetries had none
         for name, mine in _flat(self._about()).items():
-            theirs = _flat(found).get(name)
+            theirs = theirs_all.get(name)
             if theirs != mine:
                 raise OtherTraining(f"the search in {self.out} was begun with {name} = {theirs!r}, not {mine!r}; "
                                     "use the same settings to resume, or another --out")

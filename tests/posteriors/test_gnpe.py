@@ -178,7 +178,7 @@ def test_observations_together_are_as_each_alone(rows_at_once, monkeypatch):
 
 
 def test_chains_that_have_not_converged_are_one_line():
-    with pytest.raises(ChainError, match="have not converged after 3 steps .* wider kernel .*gibbs_steps") as told:
+    with pytest.raises(ChainError, match=r"have not converged after 3 steps .* wider kernel .*gibbs_steps") as told:
         of_location(0.1 * S, most_steps=3).sample(X, 100, 0)
     assert "\n" not in str(told.value)
     with pytest.raises(ChainError, match=r"of 7 of 7 observations \(0, 1, 2, 3, 4, \.\.\.\)"):
@@ -446,7 +446,7 @@ def test_a_net_that_reaches_once_around_a_circle_is_drawn_again_and_its_density_
     x = {"x": np.zeros((1, 2))}
     grid = (np.arange(200) + 0.5) / 200 * 2 * math.pi
     assert np.exp(density(sampler, grid, x, prior)).mean() * 2 * math.pi == pytest.approx(1, abs=0.05)
-    z, log_q, log_kernel = sampler.sample_and_log_prob(x, 2000, 0)
+    _, log_q, log_kernel = sampler.sample_and_log_prob(x, 2000, 0)
     kept = np.isfinite(log_kernel[0])
     share = 2 * stats.norm.cdf(math.pi / 4) - 1
     assert kept.mean() == pytest.approx(share, abs=0.05), "draws beyond half a turn weigh nothing"

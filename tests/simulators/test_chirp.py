@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.stats import kstest
 
 import sbiplat as sp
 from sbiplat.simulator import check
-from simulators.chirp import FULL, SMALL, Network, bands, chirp, chirp_full, full_signals, posterior_sampler, small_signals
-from simulators.chirp_detectors import H1, L1, SIDEREAL, V1, direction
+from simulators.chirp import FULL, SMALL, Network, chirp, chirp_full, full_signals, posterior_sampler, small_signals
+from simulators.chirp_detectors import H1, L1, SIDEREAL, V1, around_baseline, direction
 from simulators.chirp_posterior import Problem
 from simulators.chirp_waveform import (
     LIGHT,
@@ -119,6 +120,16 @@ def test_delays_between_the_detectors_are_those_published():
         ra, sin_dec = np.arctan2(n[1], n[0]) + SIDEREAL, n[2]
         np.testing.assert_allclose(direction(ra, sin_dec), n, atol=1e-12)
         assert a.delay(ra, sin_dec) - b.delay(ra, sin_dec) == pytest.approx(longest, rel=1e-12)
+
+
+def test_the_square_around_a_baseline_covers_the_sky_evenly_and_is_linear_in_the_delay():
+    u = np.random.default_rng(3).random((100_000, 2))
+    ra, sin_dec = around_baseline(H1, L1, u).T
+    delay = H1.delay(ra, sin_dec) - L1.delay(ra, sin_dec)
+    longest = np.linalg.norm(np.subtract(H1.vertex, L1.vertex)) / LIGHT
+    np.testing.assert_allclose(delay, longest * (1 - 2 * u[:, 0]), atol=1e-12)
+    assert kstest(ra / (2 * np.pi), "uniform").pvalue > 1e-3
+    assert kstest((sin_dec + 1) / 2, "uniform").pvalue > 1e-3
 
 
 LAL_RESPONSES = {  # of LAL 7.7.1 at ra 1.3, dec -0.7, psi 0.4 and GPS 1126259462: F_plus, F_cross, delay from the earth's centre
@@ -345,9 +356,13 @@ def test_exact_draws_have_the_moments_of_the_full_likelihood():
     w /= w.sum()
     effective = 1 / np.sum(w**2)
     assert effective > 200
+
+    def sky_patch(u):
+        return support[5:, 0] + (support[5:, 1] - support[5:, 0]) * u
+
     sky = [0, 1, 2, 3, 5, 6]  # the phase goes round
     values, draws = [np.concatenate([t[:, sky], np.cos(t[:, 4:5]), np.sin(t[:, 4:5])], 1) for t in (
-        proposals, Problem(support, lambda t: small_signals(t, np.float64), SMALL.frequencies).draw(x, 1000, rng))]
+        proposals, Problem(support, lambda t: small_signals(t, np.float64), SMALL.frequencies, sky_patch).draw(x, 1000, rng))]
     mean = w @ values
     sd = np.sqrt(w @ (values - mean) ** 2)
     error = sd * math.sqrt(1 / effective + 1 / len(draws))
@@ -360,7 +375,6 @@ def test_exact_draws_have_the_moments_of_the_full_likelihood():
 @pytest.mark.science
 def test_exact_draws_are_calibrated():
     from chirp_reference import ranks
-    from scipy.stats import kstest
 
     each = np.array([ranks(k) for k in range(12)])
     assert min(kstest(u, "uniform").pvalue for u in each.T) > 0.05 / 7 / 10
@@ -372,4 +386,3 @@ def test_posterior_sampler_gives_draws_in_the_prior():
     draws = posterior_sampler(x.astype(np.float32), 5, np.random.default_rng(0))
     assert draws.shape == (5, 7)
     assert all(m.contains(v).all() for m, v in zip(chirp.prior.law.marginals, draws.T, strict=True))
-    np.testing.assert_array_equal(draws, posterior_sampler(x.astype(np.float32), 5, np.random.default_rng(0)))

@@ -19,7 +19,7 @@ from sbiplat.errors import OtherTraining, RunError, SettingError
 from sbiplat.estimators.npe import NPE
 from sbiplat.progress import silent
 from sbiplat.runs import Run
-from sbiplat.training import begin, trainer
+from sbiplat.training import batches, begin, trainer
 
 
 def train(bank, out, estimator="npe", **settings):
@@ -55,7 +55,7 @@ def test_same_seed_gives_the_same_weights_and_another_seed_others(line_bank, tmp
 def test_a_resumed_training_ends_with_the_weights_of_an_unbroken_one(line_bank, tmp_path, monkeypatch, settings):
     settings = {"max_epochs": 3, **settings}
     if "memory_mb" in settings:
-        monkeypatch.setattr(trainer, "Batches", lambda *a: Batches(*a[:-1], 40_000))  # a budget that the bank exceeds
+        monkeypatch.setattr(batches, "Batches", lambda *a: Batches(*a[:-1], 40_000))  # a budget that the bank exceeds
     unbroken = train(line_bank, tmp_path / "unbroken", **settings)
     for stop_after in (7, 40, 61, 95):  # optimizer steps, in different epochs and places
         steps, original = [0], trainer._Training._step
