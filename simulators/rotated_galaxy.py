@@ -96,8 +96,8 @@ class Motion(GroupAction):
     Not so the highest frequencies, which wrap around the edge of Fourier space: on noise T_g T_h is T_gh in law only. So the action
     is approximate.
 
-    Poses are known up to a half turn, :math:`h = (\pi, 0)` from the right. The proxy is blurred from either of the two with probability
-    1/2, and the kernel is the mean of both: :math:`K(\hat g | \theta) = \frac{1}{2} \sum_h N(\log((p h)^{-1} \hat g); 0, \kappa^2)`.
+    Poses are known up to a half turn, :math:`h = (\pi, 0)` from the right, and the kernel is the mean over both:
+    :math:`K(\hat g | \theta) = \frac{1}{2} \sum_h N(\log((p h)^{-1} \hat g); 0, \kappa^2)`.
     """
 
     parameters: tuple[str, ...] = ("angle", "centre_x", "centre_y")
@@ -112,13 +112,12 @@ class Motion(GroupAction):
     def exp(self, v: Tensor) -> Tensor:
         return _element(v[:, 0], v[:, 1:])
 
-    def between(self, pose: Tensor, other: Tensor) -> Tensor:
-        v = super().between(pose, other)
-        return torch.cat([_wrapped(v[:, :1], math.pi), v[:, 1:]], -1)
+    def stabiliser(self) -> Tensor:
+        return torch.tensor([[0.0, 0.0, 0.0], [math.pi, 0.0, 0.0]], dtype=torch.float64)
 
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
-        """All that a half turn and whole turns make of v: (phi + k pi, (-1)^k t)."""
-        return [torch.cat([v[:, :1] + k * math.pi, (-1) ** k * v[:, 1:]], -1) for k in range(-3, 4)]
+        """v and what a whole turn makes of it: widths are of a radian at most."""
+        return [torch.cat([v[:, :1] + 2 * math.pi * k, v[:, 1:]], -1) for k in (-1, 0, 1)]
 
     def pose_of(self, theta: Tensor) -> Tensor:
         return _element(theta[:, 0], theta[:, 1:])
@@ -135,13 +134,6 @@ class Motion(GroupAction):
 
     def act_data(self, g: Tensor, x: dict[str, Tensor]) -> dict[str, Tensor]:
         return {**x, "x": moved(x["x"], g)}
-
-    def blur(self, g: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        half = torch.randint(2, (len(g),), generator=generator, device=g.device) * math.pi
-        return super().blur(_element(g[:, 0] + half, g[:, 1:]), widths, generator)
-
-    def log_kernel(self, proxy: Tensor, pose: Tensor, widths: Tensor) -> Tensor:
-        return super().log_kernel(proxy, pose, widths) - math.log(2)
 
 
 def _wrapped(angle: Tensor, period: float) -> Tensor:

@@ -27,7 +27,7 @@ from sbiplat.posteriors.base import Posterior, Sampler
 from sbiplat.posteriors.diffusion import DiffusionSampler, solve_heun
 from sbiplat.posteriors.direct import DirectSampler
 from sbiplat.posteriors.ensemble import EnsembleSampler
-from sbiplat.posteriors.gnpe import GNPESampler
+from sbiplat.posteriors.gnpe import Centres, GNPESampler
 from sbiplat.posteriors.likelihood import LikelihoodSampler
 from sbiplat.posteriors.theta_space import ThetaSpaceSampler
 
@@ -188,13 +188,13 @@ class Equivariant:
 
         self.gradients = _has_gradients(context, sampler.estimator)
 
-    def condition(self, x: Data) -> tuple[Data, Tensor]:
+    def condition(self, x: Data) -> tuple[Data, Centres]:
         return x, self.sampler.centres({k: v.detach() for k, v in x.items()}, self.CENTRES)
 
-    def log_prob(self, z: Tensor, condition: tuple[Data, Tensor]) -> Tensor:
+    def log_prob(self, z: Tensor, condition: tuple[Data, Centres]) -> Tensor:
         return self.sampler.marginal(z, *condition, self.PROXIES)
 
-    def sample(self, condition: tuple[Data, Tensor], n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, condition: tuple[Data, Centres], n: int, generator: torch.Generator) -> Tensor:
         raise NotImplementedError
 
 

@@ -55,7 +55,7 @@ class CalibrationCriteria:
     c2st: float = setting(0.55, "largest area under a classifier's ROC curve, truths against draws", low=0.5, high=1.0)
     information: float = setting(0.1, "nats by which the held-out log-density must beat the prior", low=0.0)
     energy: float = setting(0.02, "share by which the energy score must beat the prior's, where there is no density", low=0.0, high=1.0)
-    chains: float = setting(0.02, "largest share of pairs whose chains disagree (nle, nre)", low=0.0, high=1.0)
+    chains: float = setting(0.02, "largest share of pairs whose chains disagree or have not converged (nle, nre, gnpe)", low=0.0, high=1.0)
     nearest: float = setting(0.05, "share by which the energy score may be worse than that of the bank's nearest rows", low=0.0, high=1.0)
 
 
@@ -244,10 +244,11 @@ def _usable(figures: HeldOutFigures) -> Criterion:
 
 def _chains(refused: float, criteria: CalibrationCriteria) -> Criterion:
     passed = refused <= criteria.chains
-    statement = (f"in {refused:.1%} of the pairs the populations of chains disagree, or the evidence is uncertain; limit "
+    statement = (f"in {refused:.1%} of the pairs chains disagree or have not converged, or the evidence is uncertain; limit "
                  f"{criteria.chains:.0%}")
     return Criterion("chains", passed, refused, criteria.chains, statement, "" if passed else
-                     "train longer, or with more chains or moves (--set chains=..., --set moves=... of train)")
+                     "train longer; nle and nre with more chains or moves (--set chains=..., --set moves=... of train), gnpe with a wider "
+                     "kernel or more steps (--set kernel_ratio=..., --set gibbs_steps=...)")
 
 
 def _uniform(v: _Verdict, level: float) -> Criterion:

@@ -25,13 +25,14 @@ def judging(sampler: Any) -> Iterator[list[NDArray[np.bool_]] | None]:
     inner = [sampler, *getattr(sampler, "members", ()), *([sampler.inner] if hasattr(sampler, "inner") else [])]
     chained = [s for s in inner if hasattr(s, "judged")]
     found: list[NDArray[np.bool_]] = []
+    before = [each.judged for each in chained]
     for each in chained:
         each.judged = found
     try:
         yield found if chained else None
     finally:
-        for each in chained:
-            each.judged = None
+        for each, was in zip(chained, before, strict=True):
+            each.judged = was
 
 
 def r_hat(draws: NDArray[np.float64]) -> NDArray[np.float64]:

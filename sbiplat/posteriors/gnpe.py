@@ -15,13 +15,14 @@ The density is recovered from converged proxies: since a proxy is a blurred pose
 
 exactly, for draws that take one step from it. The marginal is the mean of :math:`q(\theta, \hat g | x) / K(\hat g | p(\theta))` over
 proxies from :math:`K(\cdot | p(\theta))`, whose variance vanishes as the net becomes exact; it is an unbiased estimate with fixed random
-numbers.
+numbers. Draws of chains beyond the prior's support are drawn again, so there :math:`q(\theta | x, \hat g)` is over the mass A inside; the
+number of tries until one is inside has the mean 1 / A, and stands for it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -45,6 +46,7 @@ ERRORS = 3.0  # standard errors
 CENTRES = 512  # of the mixture of kernels
 PROXIES = 8  # for the marginal density of a theta
 TRIES = 100  # for a draw within the prior's support
+ROUNDS = 4  # of tries, over which their number is averaged
 BYTES_PER_PASS = 2**26
 ROWS_AT_ONCE = 2**17
 PAIRS_AT_ONCE = 2**20
@@ -76,7 +78,8 @@ class GNPESampler(Contexts):
             return {"proxy": proxy.unflatten(0, (-1, n))}, frame.log_kernel(proxy, pose).unflatten(0, (-1, n))
 
         def conditional(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, None]:
-            return {"z": self.conditional(x, columns["proxy"], generator)}, None
+            z, tries = self.conditional(x, columns["proxy"], generator)
+            return {"z": z, "tries": tries}, None
 
         def pose(x: Any, columns: Columns) -> Columns:
             z = columns["z"]
@@ -85,7 +88,7 @@ class GNPESampler(Contexts):
         action = frame.action
         about = {"kernel": "normal in tangent coordinates", "widths": dict(zip(action.coordinates, frame.widths, strict=True))}
         steps = (Factor("kernel", ("proxy",), blur, needs=("pose",), about=about),
-                 Factor("main net", ("z",), conditional, needs=("proxy",), density=False,
+                 Factor("main net", ("z", "tries"), conditional, needs=("proxy",), density=False,
                         about={"relative": list(action.moved),
                                "told": [c for c, told in zip(action.coordinates, frame.told, strict=True) if told]}),
                  Derived("pose", ("z",), ("pose",), pose))
@@ -98,7 +101,7 @@ class GNPESampler(Contexts):
         """(B, n, D); fixed by the seed, n and B. Raises ChainError."""
         states = [self.chain.sample(part, max(n, LEAST_CHAINS), _own(seed, k), device=str(self.device))
                   for k, part in enumerate(self._parts(x, n))]
-        self._judge(states)
+        self._keep(states)
         return np.concatenate([s.columns["z"][:, :n].cpu().numpy() for s in states])
 
     def _parts(self, x: Fields, n: int) -> Iterator[dict[str, Tensor]]:
@@ -106,17 +109,22 @@ class GNPESampler(Contexts):
         for a in range(0, size, per):
             yield {k: torch.as_tensor(np.ascontiguousarray(v[a:a + per]), device=self.device) for k, v in x.items()}
 
-    def _judge(self, states: Sequence[State]) -> None:
-        """Keep what the chains were like; raises ChainError where they have not converged."""
+    def _keep(self, states: Sequence[State]) -> None:
+        """Keep what the chains of draws were like; raises ChainError where they have not converged."""
         figures = [s.figures["gibbs"] for s in states]
         bad = np.concatenate([f["unconverged"] for f in figures])
-        rho, theory = (max(max(f[name]) for f in figures) for name in ("rho", "theory"))
-        steps = max(f["iterations"] for f in figures)
-        self.diagnostics = {"gibbs_steps": steps, "gibbs_rho": rho, "gibbs_rho_theory": theory, "unconverged": int(bad.sum())}
+        self.diagnostics = {"gibbs_steps": max(f["iterations"] for f in figures), "gibbs_rho": max(max(f["rho"]) for f in figures),
+                            "gibbs_rho_theory": max(max(f["theory"]) for f in figures), "unconverged": int(bad.sum())}
+        self._judge(figures)
+
+    def _judge(self, figures: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ChainError where chains have not converged, unless they are only judged."""
+        bad, rho = np.concatenate([f["unconverged"] for f in figures]), max(max(f["rho"]) for f in figures)
         if self.judged is not None:
             self.judged.append(bad)
         elif bad.sum() > MOST_UNCONVERGED * len(bad):
             where = "" if len(bad) == 1 else f" of {bad.sum()} of {len(bad)} observations ({_some(np.flatnonzero(bad))})"
+            steps = max(f["iterations"] for f in figures)
             raise ChainError(f"the draws are not to be used: Gibbs chains{where} have not converged after {steps} steps (the largest lag-1 "
                              f"correlation is {rho:.3f}); train with a wider kernel (kernel_ratio), or with more gibbs_steps")
 
@@ -127,20 +135,24 @@ class GNPESampler(Contexts):
         v = torch.cat([net.sample(c, count, generator) for c in contexts.split(most)]).double()
         return self.frame.action.exp(v.flatten(0, 1)).unflatten(0, v.shape[:2])
 
-    def conditional(self, x: dict[str, Tensor], proxy: Tensor, generator: torch.Generator) -> Tensor:
-        """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S)."""
-        owner = self._owner(proxy)
-        flat, out = proxy.flatten(0, 1), []
-        for rows, contexts in self._contexts_of(x, owner, flat):
-            z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], flat[rows])
-            for _ in range(TRIES):
-                lacking = torch.nonzero(~inside)[:, 0]
-                if not len(lacking):
-                    break
-                z[lacking], inside[lacking] = self.frame.from_relative(self.inner.draws(contexts[lacking], 1, generator)[:, 0],
-                                                                       flat[rows][lacking])
-            out.append(z)
-        return torch.cat(out).unflatten(0, proxy.shape[:2])
+    def conditional(self, x: dict[str, Tensor], proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S), and how many tries each took, (b, C, 1)."""
+        flat = proxy.flatten(0, 1)
+        parts = [self._within(contexts, flat[rows], generator) for rows, contexts in self._contexts_of(x, self._owner(proxy), flat)]
+        z, tries = (torch.cat(part).unflatten(0, proxy.shape[:2]) for part in zip(*parts, strict=True))
+        return z, tries[..., None]
+
+    def _within(self, contexts: Tensor, proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Of rows: z (R, D) within the support, clipped into it after so many tries, and their number (R,)."""
+        z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], proxy)
+        tries = torch.ones(len(z), dtype=torch.float64, device=z.device)
+        for _ in range(TRIES - 1):
+            lacking = torch.nonzero(~inside)[:, 0]
+            if not len(lacking):
+                break
+            tries[lacking] += 1
+            z[lacking], inside[lacking] = self.frame.from_relative(self.inner.draws(contexts[lacking], 1, generator)[:, 0], proxy[lacking])
+        return z, tries
 
     def _owner(self, proxy: Tensor) -> Tensor:
         """The observation of each row of proxies (b, C, S)."""
@@ -161,21 +173,25 @@ class GNPESampler(Contexts):
     @torch.no_grad()
     def log_prob(self, z: NDArray[np.float32], x: Fields) -> Array:
         """The marginal log q(z | x) of z (B, n, D): (B, n); see the module's docstring."""
-        out, done = [], 0
+        out, done, figures = [], 0, []
         for part in self._parts(x, CENTRES):
             batch = len(next(iter(part.values())))
-            points = torch.as_tensor(z[done:done + batch], device=self.device)
-            out.append(self.marginal(points, part, self.centres(part, CENTRES), PROXIES).cpu().numpy())
+            points, centres = torch.as_tensor(z[done:done + batch], device=self.device), self.centres(part, CENTRES)
+            out.append(self.marginal(points, part, centres, PROXIES).cpu().numpy())
+            figures.append(centres.figures)
             done += batch
+        self._judge(figures)
         return np.concatenate(out)
 
     @torch.no_grad()
-    def centres(self, x: dict[str, Tensor], count: int) -> Tensor:
-        """The poses (b, count, S) whose kernels are the density of proxies, always the same for one x in its place."""
-        return self.chain.sample(x, count, RECOVERY_SEED, device=str(self.device)).columns["pose"]
+    def centres(self, x: dict[str, Tensor], count: int) -> Centres:
+        """Always the same for one x in its place."""
+        state = self.chain.sample(x, count, RECOVERY_SEED, device=str(self.device))
+        return Centres(state.columns["pose"], (state.columns["tries"] > 1).flatten(1).any(1), state.figures["gibbs"])
 
-    def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Tensor, proxies: int) -> Tensor:
-        """log q(z | x) of z (b, n, D): float64 (b, n), by so many proxies a theta; differentiable in x, with the centres held fast."""
+    def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Centres, proxies: int) -> Tensor:
+        """log q(z | x) of z (b, n, D): float64 (b, n), by so many proxies a theta; differentiable in x, with the centres and the mass
+        inside the support held fast."""
         batch, n, _ = z.shape
         generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED))
         each = z.flatten(0, 1).repeat_interleave(proxies, 0)
@@ -183,9 +199,19 @@ class GNPESampler(Contexts):
         proxy = self.frame.blur(pose, generator)
         apart = proxy.unflatten(0, (batch, -1))
         conditional = self._log_conditional(each, x, apart)
-        of_proxy = self.log_proxy(apart, centres).flatten()
-        ratios = (conditional + of_proxy - self.frame.log_kernel(proxy, pose)).view(batch, n, proxies)
-        return torch.logsumexp(ratios, -1) - math.log(proxies)
+        ratios = conditional + self.log_proxy(apart, centres.poses).flatten() - self.frame.log_kernel(proxy, pose)
+        ratios = ratios.view(batch, n * proxies) + self._log_tries(x, apart, centres.edged, generator)
+        return torch.logsumexp(ratios.view(batch, n, proxies), -1) - math.log(proxies)
+
+    @torch.no_grad()
+    def _log_tries(self, x: dict[str, Tensor], proxy: Tensor, edged: Tensor, generator: torch.Generator) -> Tensor:
+        """The log of the mean number of tries, (b, m), for proxies (b, m, S): 0 of observations far from any edge."""
+        out = torch.zeros(proxy.shape[:2], dtype=torch.float64, device=proxy.device)
+        if edged.any():
+            own = {k: v.detach()[edged] for k, v in x.items()}
+            _, tries = self.conditional(own, proxy[edged].repeat_interleave(ROUNDS, 1), generator)
+            out[edged] = tries.view(len(tries), -1, ROUNDS).mean(-1).log()
+        return out
 
     def _log_conditional(self, z: Tensor, x: dict[str, Tensor], proxy: Tensor) -> Tensor:
         """log q(z | x, proxy) of rows z (b m, D) for proxies (b, m, S): float64 (b m,)."""
@@ -214,14 +240,13 @@ class GNPESampler(Contexts):
         return Chain([*self.chain.steps, mixture, Factor("main net again", ("z",), self._step, log_prob, ("proxy",))])
 
     def _step(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
-        """One draw a proxy, not held to the prior's support, and its log q; NaN z where it lies outside, or once around a circle."""
+        """One draw a proxy, not held to the prior's support, and its log q; NaN z where it lies outside."""
         proxy, zs, logs = columns["proxy"].flatten(0, 1), [], []
         for rows, contexts in self._contexts_of(x, self._owner(columns["proxy"]), proxy):
             u = self.inner.draws(contexts, 1, generator)[:, 0]
             z, inside = self.frame.from_relative(u, proxy[rows])
-            back, log_det = self.frame.to_relative(z, proxy[rows])
-            alike = ((back - u).abs() <= 1e-3 * (1 + u.abs())).all(-1)
-            zs.append(torch.where((inside & alike)[:, None], z, torch.nan))
+            log_det = self.frame.to_relative(z, proxy[rows])[1]
+            zs.append(torch.where(inside[:, None], z, torch.nan))
             logs.append(self.inner.densities(u, contexts).double() + log_det)
         return {"z": torch.cat(zs).unflatten(0, (-1, n))}, torch.cat(logs).unflatten(0, (-1, n))
 
@@ -231,7 +256,7 @@ class GNPESampler(Contexts):
         belongs into the target of importance weights; it is -inf of draws outside the prior's support. Raises ChainError."""
         states = [self.recovered.sample(part, n, _own(seed, k), device=str(self.device))
                   for k, part in enumerate(self._parts(x, max(n, CENTRES)))]
-        self._judge(states)
+        self._keep(states)
         out = []
         for state in states:
             z, proxy = (state.columns[name].flatten(0, 1) for name in ("z", "proxy"))
@@ -246,6 +271,16 @@ class GNPESampler(Contexts):
     def describe(self) -> list[dict[str, Any]]:
         """The steps of the chain, density recovery included, for the certificate."""
         return self.recovered.description()
+
+
+@dataclass(frozen=True)
+class Centres:
+    """poses: (b, N, S), whose kernels are the density of proxies. edged: (b,), whether any chain met an edge of the support. figures: of
+    the chains."""
+
+    poses: Tensor
+    edged: Tensor
+    figures: Mapping[str, Any]
 
 
 class _Mixture:
@@ -307,8 +342,8 @@ class _Watch:
         return self.steps >= self.rule.most_steps or bool(self._converged().all())
 
     def _rho(self) -> Tensor:
-        """(b, P): the mean over the later half of the steps."""
-        return torch.stack(self.rhos[len(self.rhos) // 2:]).mean(0).clamp(0.01, 0.999)
+        """(b, P): the mean over the later half of the steps; as good as 1 where nothing moves."""
+        return torch.stack(self.rhos[len(self.rhos) // 2:]).mean(0).nan_to_num(1.0, 1.0, 1.0).clamp(0.01, 0.999)
 
     def _converged(self) -> Tensor:
         """(b,)."""

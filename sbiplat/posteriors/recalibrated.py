@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from sbiplat.errors import RunError
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Sampler
+from sbiplat.posteriors.chains import judging
 from sbiplat.posteriors.steps import describe
 
 Array = NDArray[np.float64]
@@ -100,12 +101,14 @@ class RecalibratedSampler:
 
 
 def moments(sampler: Sampler, x: Fields) -> tuple[Array, Array]:
-    """Mean and standard deviation of q(z | x) for B observations, (B, D) each, by draws that are the same every time."""
+    """Mean and standard deviation of q(z | x) for B observations, (B, D) each, by draws that are the same every time. Chains are not
+    judged by these: the draws and densities themselves are."""
     size, means, sds = len(next(iter(x.values()))), [], []
-    for b in range(size):  # one by one: a seed's draws may depend on the batch, and m(x) must not
-        z = np.asarray(sampler.sample({k: v[b:b + 1] for k, v in x.items()}, MOMENT_DRAWS, MOMENT_SEED), float)[0]
-        means.append(z.mean(0))
-        sds.append(np.maximum(z.std(0), LEAST))
+    with judging(sampler):
+        for b in range(size):  # one by one: a seed's draws may depend on the batch, and m(x) must not
+            z = np.asarray(sampler.sample({k: v[b:b + 1] for k, v in x.items()}, MOMENT_DRAWS, MOMENT_SEED), float)[0]
+            means.append(z.mean(0))
+            sds.append(np.maximum(z.std(0), LEAST))
     return np.stack(means), np.stack(sds)
 
 

@@ -85,15 +85,22 @@ class GroupAction:
         """The coordinates (B, P) of an element nearest to 0: exp(log(g)) = g."""
         return g
 
+    def stabiliser(self) -> Tensor:
+        """The elements h (K, S), the identity first, for which p and p h are one pose: turns by 0 and pi of an ellipse."""
+        return self.identity(1)
+
     def between(self, pose: Tensor, other: Tensor) -> Tensor:
-        """The coordinates (B, P) of what carries a pose to another; of the nearest, where poses are known up to a subgroup."""
-        return self.log(self.compose(self.inverse(pose), other))
+        """The coordinates (B, P) of what carries a pose to another: the nearest to 0 over the stabiliser."""
+        each = torch.stack([self.log(self.compose(self.inverse(pose), g)) for g in self._alike(other)])
+        near = each.square().sum(-1).argmin(0)
+        return each.gather(0, near[None, :, None].expand(1, -1, each.shape[-1]))[0]
+
+    def _alike(self, pose: Tensor) -> list[Tensor]:
+        """p h of poses (B, S), for each h of the stabiliser."""
+        return [self.compose(pose, h.to(pose).expand_as(pose)) for h in self.stabiliser()] if len(self.stabiliser()) > 1 else [pose]
 
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
-        """The coordinates that give the pose of exp(v), with v among them; of a circle v + 2 pi k, as many as a kernel can reach.
-
-        Where several elements give one pose (an ellipse that is turned by pi is the same), the coordinates of all of them.
-        """
+        """The coordinates that give exp(v), with v among them; of a circle v + 2 pi k, as many as a kernel can reach."""
         return (v,)
 
     def log_volume(self, v: Tensor) -> Tensor:
@@ -130,16 +137,20 @@ class GroupAction:
     # ------------------------------------------------------------------------------------------------- the kernel
 
     def blur(self, g: Tensor, widths: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Proxies of poses g (B, S): g exp(v), v ~ N(0, diag(widths^2))."""
+        """Proxies of poses g (B, S): g h exp(v), v ~ N(0, diag(widths^2)), h any of the stabiliser."""
         noise = torch.randn(len(g), len(self.coordinates), generator=generator, dtype=g.dtype, device=g.device)
+        alike = self._alike(g)
+        if len(alike) > 1:
+            which = torch.randint(len(alike), (1, len(g), 1), generator=generator, device=g.device)
+            g = torch.stack(alike).gather(0, which.expand(1, -1, g.shape[-1]))[0]
         return self.compose(g, self.exp(noise * widths))
 
     def log_kernel(self, proxy: Tensor, pose: Tensor, widths: Tensor) -> Tensor:
         """log K(proxy | pose), (B,), over the group's left-invariant measure: positive everywhere."""
-        v = self.log(self.compose(self.inverse(pose), proxy))
+        alike = self._alike(pose)
         each = [(-0.5 * (w / widths).square() - widths.log() - 0.5 * math.log(2 * math.pi)).sum(-1) - self.log_volume(w)
-                for w in self.preimages(v)]
-        return torch.logsumexp(torch.stack(each), 0)
+                for p in alike for w in self.preimages(self.log(self.compose(self.inverse(p), proxy)))]
+        return torch.logsumexp(torch.stack(each), 0) - math.log(len(alike))
 
     # ------------------------------------------------------------------------------------------------- to a file
 

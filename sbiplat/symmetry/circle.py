@@ -1,7 +1,7 @@
 r"""The circle: parameters that are angles.
 
 An element is an angle of the whole group R / 2 pi, held in [-pi, pi). Where the data look the same after a turn by 2 pi / n (n = 2: an
-ellipse), n elements give one pose: the parameter lies on [low, low + 2 pi / n), and the kernel is the sum over them.
+ellipse), n elements give one pose: the parameter lies on [low, low + 2 pi / n), and the kernel is the mean over them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,11 @@ def wrap(angle: Tensor, low: float = -math.pi, period: float = 2 * math.pi) -> T
     """The angle in [low, low + period)."""
     turned = torch.remainder(angle - low, period) + low
     return torch.where(turned < low + period, turned, torch.full_like(turned, low))
+
+
+def whole_turns(v: Tensor) -> list[Tensor]:
+    """v (B, P) and what whole turns make of its first coordinate, an angle."""
+    return [torch.cat([v[..., :1] + 2 * math.pi * k, v[..., 1:]], -1) for k in range(-TURNS, TURNS + 1)]
 
 
 def turned_pairs(x: Tensor, angle: Tensor, axis: int) -> Tensor:
@@ -68,7 +73,10 @@ class Circle(ReadyMade):
         return wrap(v)
 
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
-        return [v + k * self.period for k in range(-TURNS * self.fold, TURNS * self.fold + 1)]
+        return whole_turns(v)
+
+    def stabiliser(self) -> Tensor:
+        return wrap(torch.arange(self.fold, dtype=torch.float64)[:, None] * self.period)
 
     def pose_of(self, theta: Tensor) -> Tensor:
         return wrap(theta)

@@ -113,12 +113,12 @@ class _Rows:
 
 
 def _apart(action: GroupAction, g: Tensor, h: Tensor, scale: Tensor) -> float:
-    """The largest coordinate of g^-1 h in units of `scale`, of the nearest of its preimages."""
+    """The largest coordinate of g^-1 h in units of `scale`, of the nearest over the stabiliser and its preimages."""
     if not len(scale):
         return 0.0
     if torch.allclose(g, h, rtol=1e-12, atol=0.0):
         return 0.0
-    near = torch.stack(list(action.preimages(action.log(action.compose(action.inverse(g), h)))))
+    near = torch.stack(list(action.preimages(action.between(g, h))))
     return (near / scale).abs().amax(-1).amin(0).max().item()
 
 

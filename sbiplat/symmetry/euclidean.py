@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from sbiplat.errors import SymmetryError
 from sbiplat.lazy import Lazy
 from sbiplat.symmetry.action import Fields, ReadyMade, names_of, positive, whole
-from sbiplat.symmetry.circle import TURNS, wrap
+from sbiplat.symmetry.circle import whole_turns, wrap
 from sbiplat.symmetry.images import check_sampling, warped
 
 if TYPE_CHECKING:
@@ -70,9 +70,11 @@ class Euclidean2(ReadyMade):
         return torch.cat([wrap(v[:, :1]), v[:, 1:]], -1)
 
     def preimages(self, v: Tensor) -> Sequence[Tensor]:
-        turns = range(-TURNS * self.fold, TURNS * self.fold + 1)
-        shifts = [torch.full_like(v[..., 0], k * self.period) for k in turns]
-        return [torch.cat([v[..., :1] + s[..., None], _turned(s, v[..., 1:])], -1) for s in shifts]
+        return whole_turns(v)
+
+    def stabiliser(self) -> Tensor:
+        angles = wrap(torch.arange(self.fold, dtype=torch.float64)[:, None] * self.period)
+        return torch.cat([angles, torch.zeros(self.fold, 2, dtype=torch.float64)], -1)
 
     def pose_of(self, theta: Tensor) -> Tensor:
         return torch.cat([wrap(theta[:, :1]), theta[:, 1:] - theta.new_tensor(self.middle)], -1)

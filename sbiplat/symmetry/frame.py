@@ -3,7 +3,7 @@ r"""The frame of a proxy: theta and x as they are seen from :math:`\hat g`,
 .. math:: x' = T_{\hat g}^{-1} x, \qquad u = \big( \mathrm{chart}(\hat g^{-1} \theta)_{\text{moved}}, \; z_{\text{others}} \big),
           \qquad q(z | x, \hat g) = q(u | x', \hat g) \, |\det du / dz| ,
 
-with z the prior's normal coordinates. Where the action is exact and the prior is flat over the kernel, q(u | x', g) does not depend on
+with z the prior's normal coordinates. Where the action is exact and the prior is flat over the posterior, q(u | x', g) does not depend on
 the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy` of x'.
 """
 
@@ -99,12 +99,14 @@ class Frame:
         return u, log_det
 
     def from_relative(self, u: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
-        """z (B, D) of u (B, D), and whether each lies in the prior's support (B,); z is clipped into it where it does not."""
+        """z (B, D) of u (B, D), and whether each is the u of that z, (B,): not beyond the prior's support, into which z is clipped, nor
+        beyond the chart's range, such as once around a circle."""
         if not self._moved:
             return u, torch.ones(len(u), dtype=torch.bool, device=u.device)
         seen = self._placed(u)
-        theta, _ = self.action.act_theta(proxy, self.action.unchart(seen))
-        return self.put(u, theta)
+        standard = self.action.unchart(seen)
+        z, inside = self.put(u, self.action.act_theta(proxy, standard)[0])
+        return z, inside & ((self.action.chart(standard)[0] - seen).abs() <= 1e-6 * (1 + seen.abs())).all(-1)
 
     def put(self, z: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """z (B, D) with its moved columns those of the action's parameters theta (B, k), clipped into the prior's support, and whether
@@ -151,8 +153,8 @@ class Frame:
     # ------------------------------------------------------------------------------------------- how far it is exact
 
     def slope_of_prior(self, z: Tensor, generator: torch.Generator) -> tuple[float, float]:
-        """How far the prior is from flat over the kernel, of rows z (N, D): the root mean square of log p(h theta) |det| / p(theta)
-        over moves h of the kernel that stay in the support, and the share of moves that leave it."""
+        """How far the prior is from flat over moves of these widths, of rows z (N, D): the root mean square of
+        log p(h theta) |det| / p(theta) over such moves h that stay in the support, and the share of moves that leave it."""
         if not self._moved:
             return 0.0, 0.0
         theta = self.parameters(z)

@@ -88,6 +88,9 @@ class Product(GroupAction):
         each = [f.preimages(a) for f, a in zip(self._factors, self._tangents(v), strict=True)]
         return [torch.cat(parts, -1) for parts in itertools.product(*each)]
 
+    def stabiliser(self) -> Tensor:
+        return torch.stack([torch.cat(parts) for parts in itertools.product(*(f.stabiliser() for f in self._factors))])
+
     def between(self, pose: Tensor, other: Tensor) -> Tensor:
         parts = zip(self._factors, self._elements(pose), self._elements(other), strict=True)
         return torch.cat([f.between(a, b) for f, a, b in parts], -1)

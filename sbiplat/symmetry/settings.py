@@ -21,6 +21,6 @@ class SymmetrySettings:
                                   high=100.0)
     kernel_widths: Mapping[str, Any] | None = setting(None, "widths by coordinate, in its own unit, in place of kernel_ratio")
     proxy: str = setting("auto", "whether the net is told the proxy; dropped: not where the action is exact; auto: nor where, moreover, "
-                                 "the prior is flat over the kernel", among=("auto", "told", "dropped"))
+                                 "the prior is flat over the initial net's spread", among=("auto", "told", "dropped"))
     gibbs_steps: int = setting(100, "steps of the chains, at most: what has not converged then is refused", low=2, high=10000)
     initial: Mapping[str, Any] | None = setting(None, "settings of the initial net, of the pose, that differ from the main net's")

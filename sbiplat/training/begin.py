@@ -29,7 +29,7 @@ from sbiplat.symmetry import names
 from sbiplat.symmetry.action import GroupAction
 from sbiplat.symmetry.augment import Augmentation
 from sbiplat.symmetry.contract import check_action, check_algebra
-from sbiplat.symmetry.frame import PROXY, widths_of
+from sbiplat.symmetry.frame import PROXY, name_of, widths_of
 from sbiplat.symmetry.settings import AUGMENT, GNPE, NONE, SymmetrySettings
 from sbiplat.training.defence import checked
 
@@ -196,6 +196,9 @@ def _check_gnpe(plan: Plan, action: GroupAction) -> None:
                         (bool(training.defend), "defend")):
         if given:
             raise SettingError(f"symmetry = {GNPE!r} does not go with {word}; leave it away")
+    if not action.coordinates:
+        raise SettingError(f"symmetry = {GNPE!r}: {name_of(action)} has no pose that a net could infer; for a set alone take embedding = "
+                           "'deepset' and symmetry = 'none', or give it in a Product with an action that has one")
     if PROXY in architecture.x.shapes:
         raise SettingError(f"x has a field {PROXY!r} of its own, and GNPE adds one of that name; call it something else")
     widths_of(action, plan.symmetry.kernel_widths or {})

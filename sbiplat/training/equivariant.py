@@ -34,7 +34,7 @@ from sbiplat.training.begin import Plan, TrainSettings, check_symmetry
 ROWS, DRAWS = 200, 200  # of which the spread is measured
 MOST_PREDICTED = 200
 FAR, NEAR = 5.0, 0.05  # standard deviations
-MOST_SLOPE, MOST_LEAVING = 0.05, 0.02
+MOST_SLOPE = 0.1  # nats; so many standard deviations the draws are off where the proxy is dropped all the same
 _SEED = 0x5EAD
 CarryOut = Callable[..., Run]
 
@@ -42,7 +42,12 @@ CarryOut = Callable[..., Run]
 @dataclass(frozen=True)
 class Kernel:
     """Of each tangent coordinate its width, the initial net's spread and whether the net is told the proxy; slope (rms of the change of
-    the log prior over a kernel's move) and leaving (share of moves that leave the support) say how far the prior is from flat."""
+    the log prior over moves as large as the spread) and leaving (share of these that leave its support) say how far the prior is from flat.
+
+    A net that is not told an exact action's proxy learns the conditional under a flat prior, whatever the kernel: relative coordinates do
+    not know where they are. Chains then have the posterior under a flat prior as their law, off by about `slope` standard deviations,
+    cut off where the support ends, since what lies beyond is drawn again: an edge alone costs no exactness.
+    """
 
     widths: tuple[float, ...]
     spread: tuple[float, ...]
@@ -62,8 +67,8 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
         progress.say(f"{name}: the initial net's spread is {spread:.3g}, the kernel's width {width:.3g}; from five spreads off a chain "
                      f"takes about {predicted_steps(width / spread):.0f} steps")
     if wanted.symmetry.proxy != "told":
-        progress.say(f"over a kernel's move the log prior changes by {kernel.slope:.3g} (rms), and {kernel.leaving:.2%} of moves leave "
-                     f"the prior's support: the net is {'told' if any(kernel.told) else 'not told'} the proxy"
+        progress.say(f"over the initial net's spread the log prior changes by {kernel.slope:.3g} (rms), and {kernel.leaving:.2%} of moves "
+                     f"as large leave its support: the net is {'told' if any(kernel.told) else 'not told'} the proxy"
                      + ("" if all(kernel.told) or not any(kernel.told) else " of approximate factors"))
     about = {**_action(wanted), "role": GNPE, "widths": list(kernel.widths), "told": list(kernel.told), "spread": list(kernel.spread),
              "slope": kernel.slope, "leaving": kernel.leaving, "gibbs_steps": wanted.symmetry.gibbs_steps,
@@ -128,10 +133,9 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
         if width >= most:
             raise SettingError(f"the kernel of {name}, {width:.3g}, is as wide as the prior of the pose ({most:.3g}): nothing is "
                                f"standardised by it; take a width below {s:.3g}, more simulations, or symmetry = \"none\"")
-    slope, leaving = frame.slope_of_prior(z, generator)
-    flat = slope <= MOST_SLOPE and leaving <= MOST_LEAVING
+    slope, leaving = replace(frame, widths=tuple(spread.tolist())).slope_of_prior(z, generator)
     told: list[bool] = []
     for factor in action.factors:
-        dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and flat))
+        dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and slope <= MOST_SLOPE))
         told += [not dropped] * len(factor.coordinates)
     return Kernel(widths, tuple(spread.tolist()), tuple(told), slope, leaving)

@@ -69,7 +69,7 @@ READY = [
 ]
 
 
-@pytest.mark.parametrize(("action", "laws", "shape"), READY, ids=[contract._name(a) for a, *_ in READY])
+@pytest.mark.parametrize(("action", "laws", "shape"), READY, ids=[contract.name_of(a) for a, *_ in READY])
 def test_ready_made_actions_keep_the_laws(action, laws, shape):
     spec = ObservationSpec.declare({"v": shape, "other": ()})
     figures = check_algebra(action, sp.Prior({**laws, "else": sp.Normal(0, 1)}), spec)

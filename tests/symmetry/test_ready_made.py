@@ -24,6 +24,8 @@ from sbiplat.symmetry import (
     Translation,
     Units,
 )
+from sbiplat.symmetry.frame import centred
+from simulators import rotated_galaxy
 
 
 def draw(*shape, seed=3):
@@ -156,12 +158,12 @@ SMALL = [Translation(("a", "b")), Scaling("s"), Phase("phi", low=0.0), Phase("ph
 @pytest.mark.parametrize("action", [Translation(("a", "b")), Phase("phi"), Phase("phi", order=2, fold=2), Euclidean2(("a", "x", "y"), fold=2),
                                     Product(Phase("phi"), Translation("a"))], ids=repr)
 @pytest.mark.parametrize("width", [0.3, 1.5])
-def test_a_kernel_integrates_to_one_over_the_poses(action, width):
-    """A grid over coordinates, periodic ones over the pose's period; flat measure."""
+def test_a_kernel_integrates_to_one_over_the_group(action, width):
+    """A grid over coordinates, angles over a whole turn; flat measure."""
     around = {"phi", "a"} if not isinstance(action, Translation | Product) else {"phi"}
     axes = []
     for name in action.coordinates:
-        half = math.pi / getattr(action, "fold", 1) if name in around else 6 * width
+        half = math.pi if name in around else 6 * width
         axes.append((torch.arange(60, dtype=torch.float64) + 0.5) / 60 * 2 * half - half)
     v = torch.cartesian_prod(*axes).reshape(-1, len(axes))
     pose = action.exp(draw(1, len(axes)))
@@ -205,6 +207,26 @@ def test_blurred_poses_follow_the_kernel(action, width):
     assert abs(ratio.mean().item() - 1) < 5 * ratio.std().item() / math.sqrt(n)
     wrong = (action.log_kernel(proxy, pose, 0.7 * widths) - action.log_kernel(proxy, pose, 0.8 * widths)).exp()
     assert abs(wrong.mean().item() - 1) > 5 * wrong.std().item() / math.sqrt(n), "draws of another width would be seen"
+
+
+@pytest.mark.parametrize("action", [Phase("phi", low=0.0), Phase("phi", order=2, fold=2, low=0.0), ImageRotation("phi", fold=4, low=0.0),
+                                    Euclidean2(("phi", "x", "y"), fold=2, low=0.0), rotated_galaxy.Motion(),
+                                    Product(Phase("phi", order=3, fold=3, low=0.0), Translation("t"))], ids=repr)
+def test_poses_on_both_sides_of_where_an_angle_wraps_are_near(action):
+    """theta a little below low + period and a little above low: between them is the small angle, and the centre's move keeps its sign."""
+    period = math.pi if isinstance(action, rotated_galaxy.Motion) else 2 * math.pi / action.factors[0].fold
+    theta = torch.zeros(2, len(action.parameters), dtype=torch.float64)
+    theta[:, 0] = torch.tensor([0.1, period - 0.1])
+    theta[:, 1:] = torch.tensor([[0.3], [0.5]])
+    pose = action.pose_of(theta)
+    v = action.between(pose[[0, 0, 1, 1]], pose[[0, 1, 0, 1]])
+    assert torch.allclose(v[:, 0], torch.tensor([0.0, -0.2, 0.2, 0.0], dtype=torch.float64), atol=1e-12)
+    turned = math.cos(0.1) if v.shape[1] == 3 else 1.0
+    assert v[1, 1:].sum().item() == pytest.approx(0.2 * turned * (v.shape[1] - 1)), "the centre's move, as seen from the first pose"
+    spread = centred(action, action.pose_of(torch.cat([theta[:1].expand(500, -1), theta[1:].expand(501, -1)]))[None])[1]
+    assert spread[..., 0].std() < 0.11, "chains on both sides are no two modes"
+    naive = action.log(action.compose(action.inverse(pose[:1]), pose[1:]))
+    assert len(action.stabiliser()) == 1 or naive[0, 0].abs() > 1, "power: elements alone are far apart"
 
 
 @pytest.mark.parametrize("action", SMALL, ids=repr)
