@@ -33,7 +33,7 @@ import sbiplat as sp
 from sbiplat.lazy import Lazy
 from sbiplat.symmetry import Product
 from simulators.chirp_detectors import H1, L1, V1, ArrivalDelay, ArrivalTime, Detector, around_baseline
-from simulators.chirp_posterior import INDEPENDENT, Problem, evolved
+from simulators.chirp_posterior import Problem
 from simulators.chirp_waveform import (
     advanced_ligo,
     advanced_virgo,
@@ -187,21 +187,10 @@ SMALL_PRIOR = sp.Prior({
 
 
 def posterior_sampler(x: NDArray[Any], n: int, rng: np.random.Generator) -> Array:
-    """n draws (n, 7) given x (2, 2, F), each of the exact law: up to `INDEPENDENT` independent ones, and where more are asked for, what
-    Markov chains that begin at those make of them; see chirp_posterior.py."""
+    """n exact draws (n, 7) given x (2, 2, F): see chirp_posterior.py."""
     support = np.array([marginal.support for marginal in SMALL_PRIOR.law.marginals])
     sky = partial(around_baseline, *SMALL.detectors)
-    problem = Problem(support, lambda theta: small_signals(theta, np.float64), SMALL.frequencies, sky)
-    exact = problem.draw(np.asarray(x), min(n, INDEPENDENT), rng)
-    if n <= INDEPENDENT:
-        return exact
-    likelihood = whittle(small_signals)
-
-    def log_density(theta: Array) -> Array:
-        inside = SMALL_PRIOR.contains(theta)
-        return np.where(inside, likelihood(np.where(inside[:, None], theta, exact[0]), x), -np.inf)
-
-    return evolved(exact, log_density, {4: 2.0 * math.pi, 5: 2.0 * math.pi}, n, rng)
+    return Problem(support, lambda theta: small_signals(theta, np.float64), SMALL.frequencies, sky).draw(np.asarray(x), n, rng)
 
 
 @sp.simulator(

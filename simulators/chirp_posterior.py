@@ -14,15 +14,11 @@ p is a product of histograms on the unit cube (as VEGAS has it: Lepage, J. Compu
 tempered weights and mixed with the prior, so that no mode is lost. Times lie in what the last round finds within `DEPTH` nats of its
 best, and a margin; a draw in the outer half of the margin says that this was too small, and all is drawn again from a wider one. Where a
 weight is above the bound, the bound rises to it, and what was kept is held against the new one.
-
-A chain that begins at an exact draw is exact at every step, whether or not it mixes: `evolved` makes many draws of some hundred in this
-way, by differential evolution (ter Braak, Statistics and Computing 16, 239, 2006), in which each half of the chains moves by differences of
-the other. Draws of one chain are dependent; each of them has the posterior's law.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +36,6 @@ DEPTH = 12.0
 MARGIN = 0.25  # of the width, on either side
 MOST = 20_000_000  # proposals, after which an observation is refused
 DISTANCE, TIME, PHASE = 2, 3, 4  # columns of theta
-INDEPENDENT, SWEEPS = 400, 50  # exact draws that chains begin at, and their moves between two that are kept
 
 
 @dataclass(frozen=True)
@@ -128,27 +123,6 @@ class Problem:
         filtered = np.einsum("bdf,df->bf", h[:, :, 0] - 1j * h[:, :, 1], data)
         z = filtered @ np.exp(2j * np.pi * self.frequencies[:, None] * times)
         return cells, theta, log_p, times, z, np.einsum("bdcf,bdcf->b", h, h)
-
-
-def evolved(start: Array, log_density: Callable[[Array], Array], periods: Mapping[int, float], n: int, rng: np.random.Generator) -> Array:
-    """n draws (n, D), `start` (W, D) among them, of W chains. periods: of the columns that lie on a circle."""
-    states, kept = start.copy(), [start]
-    heights, columns, lengths = log_density(states), list(periods), np.array(list(periods.values()))
-    halves = np.array_split(rng.permutation(len(start)), 2)
-    while sum(map(len, kept)) < n:
-        for sweep in range(SWEEPS):
-            for mine, other in (halves, halves[::-1]):
-                first, second = (states[rng.choice(other, len(mine))] for _ in range(2))
-                gap = first - second
-                gap[:, columns] = (gap[:, columns] + lengths / 2) % lengths - lengths / 2
-                stride = 1.0 if sweep % 10 == 0 else 2.38 / np.sqrt(2 * start.shape[1]) * rng.uniform(0.3, 1.2)  # 1: from mode to mode
-                moved = states[mine] + stride * gap + 1e-6 * states.std(0) * rng.standard_normal(gap.shape)
-                moved[:, columns] %= lengths
-                new = log_density(moved)
-                accepted = np.log(rng.random(len(mine))) < new - heights[mine]
-                states[mine[accepted]], heights[mine[accepted]] = moved[accepted], new[accepted]
-        kept.append(states.copy())
-    return np.concatenate(kept)[:n]
 
 
 def _strata(span: Array, count: int, rng: np.random.Generator) -> Array:
