@@ -24,6 +24,7 @@ from sbiplat.estimators.base import Architecture, Estimator, find
 from sbiplat.estimators.conditioned import ConditionedSettings
 from sbiplat.estimators.npe import NPE, NPESettings
 from sbiplat.nets import embeddings
+from sbiplat.nets.standardise import robust_scale
 from sbiplat.prior import Prior
 from sbiplat.settings import build as build_settings
 from sbiplat.symmetry import names
@@ -94,7 +95,7 @@ class Equivariant(Estimator):
     """The initial net, frozen, and the main net; see the module's docstring."""
 
     posterior = "gnpe"
-    defences = ()
+    defences = ("noise", "slab")
     draws_anew = True
 
     def __init__(self, architecture: Architecture) -> None:
@@ -135,6 +136,11 @@ class Equivariant(Estimator):
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """x as it is: it is standardised anew in every step."""
         return {k: v.float() for k, v in x.items()}
+
+    def units(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of x itself, but for masks: the robust scale of each feature."""
+        masks = embeddings.masks_of(self.main.embedding).values()
+        return {k: torch.as_tensor(robust_scale(v.cpu().numpy())[1], dtype=torch.float32) for k, v in x.items() if k not in masks}
 
     def context(self, x: dict[str, Tensor]) -> Tensor:
         """Summaries of x: the initial net's."""

@@ -15,7 +15,7 @@ from sbiplat.bank.layout import STATUS, simulator_of
 from sbiplat.bank.stream import Split, pairs_at, split
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError
 from sbiplat.estimators.base import Architecture, Estimator, find, find_trained_here
-from sbiplat.estimators.equivariant import BASES
+from sbiplat.estimators.equivariant import BASES, Equivariant
 from sbiplat.nets import embeddings
 from sbiplat.observe import Observe, check_observe
 from sbiplat.progress import Progress
@@ -31,7 +31,7 @@ from sbiplat.symmetry.augment import Augmentation
 from sbiplat.symmetry.contract import check_action, check_algebra
 from sbiplat.symmetry.frame import PROXY, name_of, widths_of
 from sbiplat.symmetry.settings import AUGMENT, GNPE, NONE, SymmetrySettings
-from sbiplat.training.defence import checked
+from sbiplat.training.defence import checked, parsed
 
 PRECISIONS = ("float32", "bf16")
 HELD_OUT_LEAST = 500
@@ -192,10 +192,13 @@ def _check_gnpe(plan: Plan, action: GroupAction) -> None:
     architecture, training = plan.architecture, plan.training
     if architecture.estimator not in BASES:
         raise SettingError(f"symmetry = {GNPE!r} goes with {', '.join(BASES)}, and the estimator is {architecture.estimator}")
-    for given, word in ((training.compile, "compile = true"), (getattr(architecture.settings, "members", 1) > 1, "members"),
-                        (bool(training.defend), "defend")):
+    for given, word in ((training.compile, "compile = true"), (getattr(architecture.settings, "members", 1) > 1, "members")):
         if given:
             raise SettingError(f"symmetry = {GNPE!r} does not go with {word}; leave it away")
+    for kind in parsed(training.defend):
+        if kind not in Equivariant.defences:
+            raise SettingError(f"symmetry = {GNPE!r} can be defended by {' and '.join(Equivariant.defences)}, and not by {kind}; leave it "
+                               "away")
     if not action.coordinates:
         raise SettingError(f"symmetry = {GNPE!r}: {name_of(action)} has no pose that a net could infer; for a set alone take embedding = "
                            "'deepset' and symmetry = 'none', or give it in a Product with an action that has one")

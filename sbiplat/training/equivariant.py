@@ -102,7 +102,7 @@ def _of_pose(wanted: Plan) -> Plan:
     given, shape = dict(wanted.symmetry.initial or {}), wanted.architecture
     ours, theirs = split_settings(given, TrainSettings, NPESettings)
     settings = initial_settings(shape.settings, theirs)
-    training = build_settings(TrainSettings, {**asdict(wanted.training), "defend": (), **ours})
+    training = build_settings(TrainSettings, {**asdict(wanted.training), **ours})
     architecture = Architecture("npe", settings, shape.dim, shape.x, shape.gaussianised, {**_action(wanted), "role": INITIAL})
     return replace(wanted, architecture=architecture, training=training, action=None)
 

@@ -196,7 +196,7 @@ class Never:
     ({"kernel_widths": {"mu": -1.0}}, "kernel width of mu = -1.0: expected a number above 0"),
     ({"compile": True}, "does not go with compile = true"),
     ({"members": 2}, "does not go with members"),
-    ({"defend": ["noise:0.1"]}, "does not go with defend"),
+    ({"defend": ["fisher:0.1"]}, "can be defended by noise and slab, and not by fisher"),
     ({"estimator": "nle", "flow": "gaussian"}, "goes with npe, fmpe, npse, and the estimator is nle"),
     ({"estimator": "nre"}, "goes with npe, fmpe, npse, and the estimator is nre"),
     ({"simulator": made(symmetry=False)}, "declares no symmetry; give it one"),
@@ -301,3 +301,15 @@ def test_a_run_goes_through_sbi(run):
     exact = torch.distributions.Normal(4 / 3, 3**-0.5)
     near = torch.tensor([[1.0], [1.5]])
     torch.testing.assert_close(posterior.log_prob(near, x=x), exact.log_prob(near)[:, 0].float(), atol=0.3, rtol=0)
+
+
+def test_a_slab_makes_the_posterior_give_way_where_x_is_far_from_all_rows(bank, tmp_path):
+    """The defence of the other estimators, in units of x: two numbers that contradict each other leave more doubt with it than without."""
+    settings = {**QUICK, "max_epochs": 20, "flow": "nsf", "transforms": 1, "hidden": [16, 16]}
+    spreads = []
+    for defend in ((), ("slab:0.2",)):
+        made_run = train(bank, tmp_path / "-".join(("run", *defend)).replace(":", ""), **{**settings, "defend": list(defend)})
+        assert made_run.record["training"]["defend"] == (["slab:0.2"] if defend else [])
+        assert (sp.Run.open(made_run.path / "initial").record["training"]["defend"] != []) == bool(defend)
+        spreads.append(found(made_run, np.array([0.0, 6.0]))[1])
+    assert spreads[1] > 1.15 * spreads[0]
