@@ -162,10 +162,10 @@ class GNPESampler(Contexts):
         """The main net's contexts of rows in passes: of x[owner] seen from proxies (R, S)."""
         main = self.estimator.main
         row = sum(v[0].numel() * v.element_size() for v in x.values())
-        size = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row)))
+        size, look = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row))), self.frame.standardiser(x)
         for a in range(0, len(proxy), size):
             rows = slice(a, a + size)
-            seen = self.frame.standardise({k: v[owner[rows]] for k, v in x.items()}, proxy[rows])
+            seen = look(proxy[rows], owner[rows])
             yield rows, main.context(main.prepare_differentiably(seen) if torch.is_grad_enabled() else main.prepare(seen))
 
     # -------------------------------------------------------------------------------------------------- densities

@@ -14,7 +14,7 @@ Arrays are torch's. Elements of the group and parameters are float64, g (B, S) a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,11 @@ class GroupAction:
     def act_data(self, g: Tensor, x: Fields) -> Fields:
         """T_g x, the same fields, shapes and dtypes."""
         raise NotImplementedError
+
+    def orbits(self, x: Fields) -> Callable[[Tensor, Tensor], Fields]:
+        """T_g x[owner] as a function of elements g (R, S) and of the rows of x, (R,), that they act on: where many act on few x, what
+        does not depend on g may be computed once."""
+        return lambda g, owner: self.act_data(g, {k: v[owner] for k, v in x.items()})
 
     def act_theta(self, g: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """g theta (B, k), and log |det d(g theta) / d theta| (B,)."""

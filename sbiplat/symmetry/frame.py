@@ -10,7 +10,7 @@ the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -136,11 +136,18 @@ class Frame:
 
     def standardise(self, x: Fields, proxy: Tensor) -> Fields:
         """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them."""
-        out = self.action.act_data(self.action.inverse(proxy), x)
-        if any(self.told):
-            coordinates = self.action.log(proxy)[:, [k for k, told in enumerate(self.told) if told]]
-            out = {**out, PROXY: coordinates.to(next(iter(x.values())).dtype)}
-        return out
+        return self._with_told(self.action.act_data(self.action.inverse(proxy), x), proxy)
+
+    def standardiser(self, x: Fields) -> Callable[[Tensor, Tensor], Fields]:
+        """x' as a function of proxies (R, S) and of the rows of x, (R,), that they are of."""
+        orbits = self.action.orbits(x)
+        return lambda proxy, owner: self._with_told(orbits(self.action.inverse(proxy), owner), proxy)
+
+    def _with_told(self, x: Fields, proxy: Tensor) -> Fields:
+        if not any(self.told):
+            return x
+        coordinates = self.action.log(proxy)[:, [k for k, told in enumerate(self.told) if told]]
+        return {**x, PROXY: coordinates.to(next(iter(x.values())).dtype)}
 
     def spec(self, x: ObservationSpec) -> ObservationSpec:
         """The form of x'."""

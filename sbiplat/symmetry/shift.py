@@ -27,14 +27,20 @@ else:
     torch = Lazy("torch")
 
 
+FEW_TURNS = 64.0  # of which float32 leaves a fraction of a turn right to a few millionths
+
+
 def shift_series(x: Tensor, t: Tensor, spacing: float) -> Tensor:
     """Series x (B, ..., T) later by t seconds, (B,) or as many leading axes of x as it has; `spacing`: seconds a sample."""
-    samples = x.shape[-1]
-    spectrum = torch.fft.rfft(x)
-    cycles = torch.arange(spectrum.shape[-1], dtype=torch.float64, device=x.device) / (samples * spacing)
+    return _later(torch.fft.rfft(x), t, x.shape[-1], spacing)
+
+
+def _later(spectrum: Tensor, t: Tensor, samples: int, spacing: float) -> Tensor:
+    """The series of a spectrum (B, ..., K), t seconds later."""
+    cycles = torch.arange(spectrum.shape[-1], dtype=torch.float64, device=spectrum.device) / (samples * spacing)
     if samples % 2 == 0:
         cycles[-1] = 0.0
-    cosine, sine = _phases(t, cycles, x)
+    cosine, sine = _phases(t, cycles, spectrum.real)
     return torch.fft.irfft(spectrum * torch.complex(cosine, -sine), n=samples)
 
 
@@ -46,9 +52,11 @@ def shift_spectrum(x: Tensor, t: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def _phases(t: Tensor, frequencies: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of 2 pi f t in the dtype of `like` (B, ..., F), whole turns taken off in float64."""
-    t = t.to(like.device, torch.float64)
-    turns = t.reshape(*t.shape, *[1] * (like.ndim - t.ndim)) * frequencies.to(like.device, torch.float64)
+    """cos and sin of 2 pi f t in the dtype of `like` (B, ..., F); whole turns are taken off in float64 where they are many."""
+    few = like.dtype == torch.float32 and t.numel() and float(t.abs().max()) * float(frequencies.abs().max()) < FEW_TURNS
+    precision = torch.float32 if few else torch.float64
+    t = t.to(like.device, precision)
+    turns = t.reshape(*t.shape, *[1] * (like.ndim - t.ndim)) * frequencies.to(like.device, precision)
     angle = ((turns - turns.round()) * (2 * math.pi)).to(like.dtype)
     return angle.cos(), angle.sin()
 
@@ -94,6 +102,18 @@ class TimeShift(ReadyMade):
 
     def act_data(self, g: Tensor, x: Fields) -> Fields:
         return {**x, self.field: on_channels(x[self.field], self.channels, -2, lambda s: shift_series(s, g[:, 0], self.spacing))}
+
+    def orbits(self, x: Fields) -> Callable[[Tensor, Tensor], Fields]:
+        if self.channels is not None:
+            return super().orbits(x)
+        series = x[self.field]
+        spectrum = torch.fft.rfft(series)
+
+        def moved(g: Tensor, owner: Tensor) -> Fields:
+            rest = {k: v[owner] for k, v in x.items() if k != self.field}
+            return {**rest, self.field: _later(spectrum[owner], g[:, 0], series.shape[-1], self.spacing)}
+
+        return moved
 
 
 @dataclass(frozen=True)

@@ -80,3 +80,16 @@ def test_only_the_channels_named_are_shifted(action, shape):
 def test_impossible_shifts_are_one_line(wrong):
     with pytest.raises(SymmetryError):
         TimeShift("t", **wrong)
+
+
+def test_orbits_of_few_series_are_those_of_each_row():
+    """Spectra computed once for all that act on a series give what act_data does, with another field and with channels too."""
+    generator = torch.Generator().manual_seed(4)
+    x = {"x": torch.randn(3, 2, 41, generator=generator), "y": torch.arange(3.0)}
+    g, owner = torch.randn(50, 1, generator=generator, dtype=torch.float64), torch.randint(3, (50,), generator=generator)
+    for channels in (None, (1,)):
+        action = TimeShift("t", 0.1, channels=channels)
+        seen, wanted = action.orbits(x)(g, owner), action.act_data(g, {k: v[owner] for k, v in x.items()})
+        assert set(seen) == {"x", "y"}
+        torch.testing.assert_close(seen, wanted)
+    assert (seen["x"] - TimeShift("t", 0.1).orbits(x)(g, owner.flip(0))["x"]).abs().max() > 0.1
