@@ -1,6 +1,6 @@
 r"""Reference posteriors of the chirp, and how far they are to be trusted.
 
-For each of three observations whose truths are drawn from the prior (the first is that of workflows/chirp.toml): 5,000 exact draws by
+For each of three observations whose truths are drawn from the prior (the first is that of workflows/chirp.toml): 2,000 exact draws by
 rejection from the prior (simulators/chirp_posterior.py), kept in results/chirp_reference_K.npz with x and the truth. Then the checks:
 nested sampling of the full likelihood, without any marginalisation, by another code (nautilus: Lange, MNRAS 525, 3181, 2023), compared by
 C2ST and moments; and calibration, the ranks of truths in posteriors of observations drawn from the prior. Every cell is kept, and
@@ -27,7 +27,7 @@ from simulators.chirp import chirp, chirp_full
 
 DATA = Path(__file__).parent.parent / "simulators" / "data"
 SEED = 20260607
-OBSERVATIONS, DRAWS = 3, 5000
+OBSERVATIONS, DRAWS = 3, 2000
 CALIBRATION_DRAWS = 99
 LOUDNESS = (8.0, 30.0)  # of the observations kept: signal-to-noise ratios as of detections
 
@@ -50,7 +50,7 @@ def observation(simulator: sp.Simulator, k: int) -> tuple[np.ndarray, np.ndarray
 
 
 def reference(k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """x (2, 2, F), exact draws (5000, 7) and the truth (7,) of observation k; made once."""
+    """x (2, 2, F), exact draws (2000, 7) and the truth (7,) of observation k; made once."""
     path = RESULTS / f"chirp_reference_{k}.npz"
     if not path.exists():
         theta, x, _ = observation(chirp, k)
