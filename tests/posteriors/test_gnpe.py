@@ -616,7 +616,7 @@ def test_a_set_in_a_product_trains_and_alone_is_refused(tmp_path):
         return made(lambda theta, rng: theta + rng.standard_normal((len(theta), location.COUNT)))
 
     (tmp_path / "alone").mkdir()
-    with pytest.raises(SettingError, match="Permutation has no pose .*deepset") as told:
+    with pytest.raises(SettingError, match=r"Permutation has no pose .*deepset") as told:
         trained(tmp_path / "alone", 500, simulator(Permutation()))
     assert "\n" not in str(told.value)
     posterior = from_run(trained(tmp_path, 2000, simulator(Product(Permutation(), Translation("mu"))), max_epochs=15))
