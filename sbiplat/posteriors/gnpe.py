@@ -45,7 +45,7 @@ NEAR = 0.05  # standard deviations
 ERRORS = 3.0  # standard errors
 CENTRES = 512  # of the mixture of kernels
 PROXIES = 8  # for the marginal density of a theta
-TRIES = 100  # for a draw within the prior's support
+TRIES = 64  # for a draw within the prior's support, in the last of rounds of 1, 2, 4, ...
 ROUNDS = 4  # of tries, over which their number is averaged
 BYTES_PER_PASS = 2**26
 ROWS_AT_ONCE = 2**17
@@ -145,13 +145,15 @@ class GNPESampler(Contexts):
     def _within(self, contexts: Tensor, proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Of rows: z (R, D) within the support, clipped into it after so many tries, and their number (R,)."""
         z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], proxy)
-        tries = torch.ones(len(z), dtype=torch.float64, device=z.device)
-        for _ in range(TRIES - 1):
-            lacking = torch.nonzero(~inside)[:, 0]
-            if not len(lacking):
-                break
-            tries[lacking] += 1
-            z[lacking], inside[lacking] = self.frame.from_relative(self.inner.draws(contexts[lacking], 1, generator)[:, 0], proxy[lacking])
+        tries, many = torch.ones(len(z), dtype=torch.float64, device=z.device), 1
+        while many < TRIES and len(lacking := torch.nonzero(~inside)[:, 0]):
+            many *= 2
+            u = self.inner.draws(contexts[lacking], many, generator)
+            each, good = self.frame.from_relative(u.flatten(0, 1), proxy[lacking].repeat_interleave(many, 0))
+            good = good.view(-1, many)
+            first = (good.cumsum(1) == 0).sum(1).clamp(max=many - 1)
+            z[lacking] = each.view(len(lacking), many, -1)[torch.arange(len(lacking), device=z.device), first]
+            inside[lacking], tries[lacking] = good.any(1), tries[lacking] + first + 1
         return z, tries
 
     def _owner(self, proxy: Tensor) -> Tensor:

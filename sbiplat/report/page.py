@@ -26,6 +26,7 @@ from sbiplat import files
 from sbiplat.diagnostics.misspecification import Misspecification
 from sbiplat.diagnostics.predictive import Summaries, check_summaries, simulate, summarise
 from sbiplat.errors import ObservationError, RunError, SettingError, SimulatorError, Uncertified, UserError
+from sbiplat.estimators.equivariant import frame_of
 from sbiplat.gate import learning, signature
 from sbiplat.gate.certificate import Certificate
 from sbiplat.gate.criteria import at_level
@@ -272,6 +273,7 @@ def _posterior(
     except UserError as problem:  # a user's own embedding that is not at hand: the rest of the page needs none
         return {"shown": False, "why": f"The posterior cannot be loaded: {problem}", "failed": []}, None, ""
     theta = posterior.sample(run.x.unwrap(x), draws, seed=seed)
+    chains = dict(getattr(posterior.sampler, "diagnostics", {}))
     sight = posterior.misspecification(run.x.unwrap(x)) if posterior.watch else None
     before = run.prior.sample(np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(0x9210,))), PRIOR_DRAWS)
     corner = figures.corner(theta, before, run.prior.names, run.prior.units, run.prior.support)
@@ -285,7 +287,7 @@ def _posterior(
         "shown": True, "draws": draws, "seed": seed, "observation": hashlib.sha256(_npz(x)).hexdigest(),
         "rows": table(run.prior, theta, before), "dim": run.prior.dim, "corner_most": figures.MOST_CORNER,
         "corner": figures.image(corner, raster=True), "predictive": _predictive(run, found, theta, x, seed, summaries, progress),
-        "sight": None if sight is None else _sight(sight),
+        "sight": None if sight is None else _sight(sight), "chains": chains if "gibbs_steps" in chains else None,
     }, change, why
 
 
@@ -403,7 +405,23 @@ def _training(run: Run) -> dict[str, Any]:
     unit = UNITS_OF_LOSS.get(run.architecture.estimator, "")
     curves = figures.loss_curves(metrics, best if isinstance(best, int) else None, unit) if metrics else None
     return {"figure": figures.image(curves) if curves else None, "curve": _learning_curve(run), "outcome": _texts(outcome),
-            "rows": _texts([(k, v) for k, v in _items(run.record["split"]) if k != "digest"])}
+            "rows": _texts([(k, v) for k, v in _items(run.record["split"]) if k != "digest"]), "symmetry": _texts(_symmetry(run))}
+
+
+def _symmetry(run: Run) -> list[tuple[str, Any]]:
+    """Of GNPE: each coordinate's kernel, and how far the prior is from flat; nothing of other runs."""
+    about = run.architecture.symmetry
+    if about is None or "widths" not in about:
+        return []
+    try:
+        names_of = frame_of(about).action.coordinates
+    except UserError:  # a user's own action, which is not at hand
+        names_of = tuple(f"coordinate {k + 1}" for k in range(len(about["widths"])))
+    each = zip(names_of, about["widths"], about["spread"], about["told"], strict=True)
+    return [*((f"kernel of {name}", f"width {number(w)}, for an initial net's spread of {number(s)}; the net is {'' if told else 'not '}"
+               "told the proxy") for name, w, s, told in each),
+            ("change of the log prior over the spread", about["slope"]),
+            ("share of such moves beyond the prior's edges", about["leaving"]), ("Gibbs steps at most", about["gibbs_steps"])]
 
 
 def _learning_curve(run: Run) -> dict[str, Any] | None:

@@ -161,7 +161,8 @@ class Frame:
 
     def slope_of_prior(self, z: Tensor, generator: torch.Generator) -> tuple[float, float]:
         """How far the prior is from flat over moves of these widths, of rows z (N, D): the root mean square of
-        log p(h theta) |det| / p(theta) over such moves h that stay in the support, and the share of moves that leave it."""
+        log p(h theta) |det| / p(theta)
+        over such moves h that stay in the support, and the share of moves that leave it."""
         if not self._moved:
             return 0.0, 0.0
         theta = self.parameters(z)
