@@ -172,10 +172,11 @@ class Likelihood(_Net):
 
 class Equivariant:
     """GNPE: its recovered density, from fewer chains than the posterior's own. The gradient is that of q(z | x', proxy); the density of
-    proxies, for which chains are run anew at every x', is held fast."""
+    proxies, for which chains are run anew at every x', is held fast. What a step of an attack by gradient sees is only where to go: its
+    chains are broken off after a few steps. What attacks are judged by, and the search, run them to the end."""
 
     normalised, objectives = True, ("forward",)
-    CENTRES, PROXIES = 128, 4
+    CENTRES, PROXIES, STEPS = 128, 4, 3
 
     def __init__(self, sampler: GNPESampler) -> None:
         self.sampler = sampler
@@ -189,7 +190,8 @@ class Equivariant:
         self.gradients = _has_gradients(context, sampler.estimator)
 
     def condition(self, x: Data) -> tuple[Data, Centres]:
-        return x, self.sampler.centres({k: v.detach() for k, v in x.items()}, self.CENTRES)
+        steps = self.STEPS if any(v.requires_grad for v in x.values()) else None
+        return x, self.sampler.centres({k: v.detach() for k, v in x.items()}, self.CENTRES, steps)
 
     def log_prob(self, z: Tensor, condition: tuple[Data, Centres]) -> Tensor:
         return self.sampler.marginal(z, *condition, self.PROXIES)

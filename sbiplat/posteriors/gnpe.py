@@ -62,14 +62,14 @@ class GNPESampler(Contexts):
     def __init__(self, estimator: Equivariant, inner: Any, device: str = "cpu") -> None:
         super().__init__(estimator, device)
         self.frame, self.inner = estimator.frame, inner
-        self.chain = Chain([self._initial(), self._gibbs()])
+        self.chain = Chain([self._initial(), self._gibbs(estimator.most_steps)])
         self.diagnostics: dict[str, Any] = {}  # of the last draws
         self.judged: list[NDArray[np.bool_]] | None = None  # which observations would be refused: see `chains.judging`
 
     def _initial(self) -> Factor:
         return Factor("initial net", ("pose",), lambda x, _, n, generator: ({"pose": self.first(x, n, generator)}, None), density=False)
 
-    def _gibbs(self) -> Gibbs:
+    def _gibbs(self, most_steps: int) -> Gibbs:
         frame = self.frame
 
         def blur(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
@@ -92,7 +92,7 @@ class GNPESampler(Contexts):
                         about={"relative": list(action.moved),
                                "told": [c for c, told in zip(action.coordinates, frame.told, strict=True) if told]}),
                  Derived("pose", ("z",), ("pose",), pose))
-        return Gibbs("gibbs", ("pose",), steps, Convergence(action, frame.widths, self.estimator.most_steps))
+        return Gibbs("gibbs", ("pose",), steps, Convergence(action, frame.widths, most_steps))
 
     # ------------------------------------------------------------------------------------------------------ draws
 
@@ -186,9 +186,10 @@ class GNPESampler(Contexts):
         return np.concatenate(out)
 
     @torch.no_grad()
-    def centres(self, x: dict[str, Tensor], count: int) -> Centres:
-        """Always the same for one x in its place."""
-        state = self.chain.sample(x, count, RECOVERY_SEED, device=str(self.device))
+    def centres(self, x: dict[str, Tensor], count: int, most_steps: int | None = None) -> Centres:
+        """Always the same for one x in its place; most_steps: to break the chains off sooner."""
+        chain = self.chain if most_steps is None else Chain([self._initial(), self._gibbs(most_steps)])
+        state = chain.sample(x, count, RECOVERY_SEED, device=str(self.device))
         return Centres(state.columns["pose"], (state.columns["tries"] > 1).flatten(1).any(1), state.figures["gibbs"])
 
     def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Centres, proxies: int) -> Tensor:
