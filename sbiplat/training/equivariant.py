@@ -35,6 +35,7 @@ ROWS, DRAWS = 200, 200  # of which the spread is measured
 MOST_PREDICTED = 200
 FAR, NEAR = 5.0, 0.05  # standard deviations
 MOST_SLOPE = 0.1  # nats; so many standard deviations the draws are off where the proxy is dropped all the same
+MOST_LEAVING = 0.1  # about the share of rows whose conditional an edge cuts, which a net that is not told the proxy mixes with the others
 _SEED = 0x5EAD
 CarryOut = Callable[..., Run]
 
@@ -46,7 +47,8 @@ class Kernel:
 
     A net that is not told an exact action's proxy learns the conditional under a flat prior, whatever the kernel: relative coordinates do
     not know where they are. Chains then have the posterior under a flat prior as their law, off by about `slope` standard deviations,
-    cut off where the support ends, since what lies beyond is drawn again: an edge alone costs no exactness.
+    cut off where the support ends, since what lies beyond is drawn again: an edge alone costs no exactness but for what the rows
+    near it mix into the net's training.
     """
 
     widths: tuple[float, ...]
@@ -134,8 +136,9 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
             raise SettingError(f"the kernel of {name}, {width:.3g}, is as wide as the prior of the pose ({most:.3g}): nothing is "
                                f"standardised by it; take a width below {s:.3g}, more simulations, or symmetry = \"none\"")
     slope, leaving = replace(frame, widths=tuple(spread.tolist())).slope_of_prior(z, generator)
+    flat = slope <= MOST_SLOPE and leaving <= MOST_LEAVING
     told: list[bool] = []
     for factor in action.factors:
-        dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and slope <= MOST_SLOPE))
+        dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and flat))
         told += [not dropped] * len(factor.coordinates)
     return Kernel(widths, tuple(spread.tolist()), tuple(told), slope, leaving)
