@@ -27,8 +27,9 @@ from sbiplat.simulator import Simulator, resolve
 from sbiplat.source import source_digest
 from sbiplat.symmetry import names
 from sbiplat.symmetry.action import GroupAction
+from sbiplat.symmetry.algebra import check_algebra
 from sbiplat.symmetry.augment import Augmentation
-from sbiplat.symmetry.contract import check_action, check_algebra
+from sbiplat.symmetry.contract import check_action
 from sbiplat.symmetry.frame import PROXY, name_of, widths_of
 from sbiplat.symmetry.settings import AUGMENT, GNPE, NONE, SymmetrySettings
 from sbiplat.training.defence import checked, parsed

@@ -28,7 +28,8 @@ from sbiplat.symmetry import (
     Units,
     contract,
 )
-from sbiplat.symmetry.contract import LEVEL, check_action, check_algebra
+from sbiplat.symmetry.algebra import check_algebra
+from sbiplat.symmetry.contract import LEVEL, check_action
 
 TURN = 2 * math.pi
 SPAN = np.arange(32)
