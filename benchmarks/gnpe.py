@@ -39,7 +39,7 @@ import common
 import numpy as np
 import torch
 from common import Cells, c2st, jensen_shannon
-from gnpe_tables import show
+from gnpe_tables import plot, show
 from numpy.typing import NDArray
 
 import sbiplat as sp
@@ -382,6 +382,7 @@ def main(arguments: Sequence[str] | None = None, size: Size = FULL) -> None:
                         help="simulations; above 50,000 npe alone, of problems that ask for it")
     parser.add_argument("--results", default="gnpe", help="the name of the file of results")
     parser.add_argument("--show", action="store_true", help="only print what is there")
+    parser.add_argument("--plot", type=Path, help="and draw C2ST against the budget into this .svg")
     args = parser.parse_args(arguments)
     cells = Cells(args.results)
     if not args.show:
@@ -390,6 +391,8 @@ def main(arguments: Sequence[str] | None = None, size: Size = FULL) -> None:
         torch.set_num_threads(1)
         measure(cells, args, size)
     show(cells.content["cells"], tuple(METHODS))
+    if args.plot:
+        plot(cells.content["cells"], tuple(METHODS), args.plot)
 
 
 def measure(cells: Cells, args: argparse.Namespace, size: Size) -> None:

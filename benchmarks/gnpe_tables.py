@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -64,6 +65,32 @@ def show(cells: Mapping[str, Any], methods: Sequence[str]) -> None:
     _show_chains(ours)
     _show_weights(ours)
     _show_speed(ours, cells)
+
+
+def plot(cells: Mapping[str, Any], methods: Sequence[str], path: Path) -> None:
+    """C2ST against the budget, a panel a problem; the band is from the best to the worst observation."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    keys = [key.split() for key in cells if len(key.split()) == 3]
+    problems = list(dict.fromkeys(p for p, *_ in keys))
+    figure, axes = plt.subplots(1, len(problems), figsize=(3.4 * len(problems), 3.2), sharey=True, layout="constrained", squeeze=False)
+    for axis, problem in zip(axes[0], problems, strict=True):
+        for k, method in enumerate(methods):
+            budgets = sorted(int(b) for p, m, b in keys if (p, m) == (problem, method))
+            found = [cells[f"{problem} {method} {b}"] for b in budgets]
+            each = [c["c2st"] + [1.0] * len(c["refused"]) for c in found]
+            if budgets:
+                axis.plot(budgets, [median(e) for e in each], "o-", color=f"C{k}", label=method, ms=4)
+                axis.fill_between(budgets, [min(e) for e in each], [max(e) for e in each], color=f"C{k}", alpha=0.15, lw=0)
+        axis.set(xscale="log", xlabel="simulations", title=problem, ylim=(0.49, 1.01))
+        axis.axhline(0.5, color="grey", lw=0.8, ls=":")
+    axes[0, 0].set_ylabel("C2ST to the exact posterior")
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)
 
 
 def _show_needed(found: Found) -> None:
