@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sbiplat.estimators.base import Architecture, Estimator
 from sbiplat.nets.embeddings import source_digest
 from sbiplat.observation import ObservationSpec
 from sbiplat.prior import Prior
+from sbiplat.symmetry.settings import SymmetrySettings
 
 FORMAT_VERSION = 1
 # Settings that change how long a training takes or where it runs, not what it is: a resume may change them.
@@ -132,6 +133,12 @@ class Run:
         observe = self.record.get("observe_source")
         recalibration = {"recalibration": self.recalibration} if self.recalibration is not None else {}
         return files.digest_of({**parts, "training": training, "embedding_code": code, "observe_code": observe, **recalibration})
+
+    @property
+    def symmetry_settings(self) -> dict[str, Any]:
+        """What its training made of a symmetry, as it was given: the settings that are not the default ones."""
+        found, usual = self.record.get("symmetry") or {}, asdict(SymmetrySettings())
+        return {k: found[k] for k in usual if found.get(k, usual[k]) != usual[k]}
 
     @property
     def recalibration(self) -> Mapping[str, Any] | None:

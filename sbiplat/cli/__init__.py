@@ -247,7 +247,7 @@ def train(
     show(as_json, {"run": str(out), "weights_digest": run.weights_digest, "bank_digest": run.bank_digest, **outcome,
                    **({"tune": found} if found else {})},
          f"{told}{out}: validation loss {outcome['validation_loss']:.4f} in epoch {outcome['best_epoch']}, {outcome['seconds']:.0f} s; "
-         f"next: sbiplat gate {out}")
+         f"next: sbiplat gate {out}" + (f" --simulator {simulator}" if simulator else ""))
 
 
 @app.command(epilog="Example: sbiplat gate moons.run --n 1000")

@@ -19,7 +19,8 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, for m
 Seed = Annotated[int, typer.Option(help="Seed of all randomness of this command.")]
 MaybeSeed = Annotated[int | None, typer.Option(help="Seed of all randomness of this command; by default 0.")]
 Embedding = Annotated[str | None, typer.Option(help="file.py:Class of your own embedding, where the run was trained with one.")]
-Signals = Annotated[str | None, typer.Option("--simulator", help="The simulator of a bank of signals, where it is not installed.")]
+Signals = Annotated[str | None, typer.Option("--simulator", help="The simulator of a bank of signals, or of a symmetry, where it is not "
+                                     "installed.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="A setting as key=value; may be given again.")]
 Config = Annotated[Path | None, typer.Option(help="TOML file of settings.")]
 BankPath = Annotated[Path, typer.Argument(metavar="BANK", help="A bank: its directory, or a packed .h5 file.")]

@@ -29,6 +29,7 @@ from sbiplat.prior import Prior
 from sbiplat.settings import build as build_settings
 from sbiplat.symmetry import names
 from sbiplat.symmetry.frame import PROXY, Frame
+from sbiplat.symmetry.settings import GNPE, SymmetrySettings
 
 INITIAL = "initial"
 BASES = ("npe", "fmpe", "npse")  # nets of theta given x
@@ -37,18 +38,28 @@ _SCALES_SEED = 0x6E9E
 
 def made(architecture: Architecture) -> Estimator:
     """The estimator of an architecture with a symmetry."""
-    symmetry = architecture.symmetry
-    assert symmetry is not None
-    return PoseNet(architecture) if symmetry["role"] == INITIAL else Equivariant(architecture)
+    role = (architecture.symmetry or {}).get("role")
+    if role not in KINDS:
+        raise SettingError(f"its symmetry has the role {role!r}: expected one of {', '.join(KINDS)}")
+    try:
+        return KINDS[role](architecture)
+    except (KeyError, AttributeError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+        raise SettingError(f"its symmetry cannot act on this x: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+                           ) from None
 
 
 def frame_of(symmetry: Mapping[str, Any]) -> Frame:
     """The frame that an architecture describes; raises SettingError where the action is a user's that this process does not know."""
     action = names.from_json(dict(symmetry["action"]))
     count = len(action.coordinates)
-    widths, told = symmetry.get("widths", [1.0] * count), symmetry.get("told", [False] * count)
-    if len(widths) != count or len(told) != count or not all(0 < w < float("inf") for w in widths):
-        raise SettingError(f"its symmetry has {len(widths)} kernel widths for {count} coordinates")
+    if symmetry["role"] == INITIAL:
+        widths, told = [1.0] * count, [False] * count
+    else:
+        widths, told = symmetry["widths"], symmetry["told"]
+    if len(widths) != count or len(told) != count or not all(type(w) is float and 1e-150 < w < 1e150 for w in widths):
+        raise SettingError(f"its symmetry needs {count} kernel widths above 0, and has {widths!r}"[:200])
+    if not all(type(t) is bool for t in told):
+        raise SettingError(f"its symmetry has told = {told!r}: expected true or false, for each coordinate"[:200])
     return Frame(action, Prior.from_json(symmetry["prior"]), tuple(map(float, widths)), tuple(map(bool, told)))
 
 
@@ -102,7 +113,10 @@ class Equivariant(Estimator):
         super().__init__(architecture)
         symmetry = architecture.symmetry
         assert symmetry is not None
-        self.frame, self.most_steps = frame_of(symmetry), int(symmetry["gibbs_steps"])
+        self.frame = frame_of(symmetry)
+        self.most_steps: int = build_settings(SymmetrySettings, {"gibbs_steps": symmetry["gibbs_steps"]}).gibbs_steps
+        zeros = {k: torch.zeros(2, *shape) for k, shape in architecture.x.shapes.items()}
+        self.frame.standardise(zeros, self.frame.action.identity(2))
         if architecture.estimator not in BASES:
             raise SettingError(f"symmetry = 'gnpe' goes with {', '.join(BASES)}, and the estimator is {architecture.estimator}")
         base = find(architecture.estimator)
@@ -151,3 +165,6 @@ class Equivariant(Estimator):
             u, seen = self.seen_from(theta, x)
             ready = self.main.prepare(seen)
         return self.main.loss(u, ready)
+
+
+KINDS: dict[str, type[PoseNet] | type[Equivariant]] = {INITIAL: PoseNet, GNPE: Equivariant}

@@ -11,6 +11,7 @@ import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from sbiplat.gate.criterion import Criterion
 from sbiplat.gate.recalibrate import LEAST_PAIRS
 from sbiplat.observation import feature_names
 from sbiplat.runs import Run
-from sbiplat.simulator import available
+from sbiplat.simulator import ENTRY_POINTS
 
 FEW_STEPS = 300
 OVERFITTED = 0.2  # nats between the losses of validation and training at the best epoch
@@ -72,7 +73,20 @@ class _Commands:
         seed = ("--seed", str(self.run.seed)) if self.run.seed else ()
         estimator = self.run.architecture.estimator
         return self._line("sbiplat", "train", str(self.bank["path"]), "--estimator", estimator, "--out", self._place(), *seed,
-                          *given, *(defended if "--defend" not in words else ()), *words)
+                          *self._symmetry(), *given, *(defended if "--defend" not in words else ()), *words)
+
+    def _symmetry(self) -> list[str]:
+        """What the training made of a symmetry, and the simulator that declares it, where that is not installed."""
+        settings = self.run.symmetry_settings
+        spec = self._simulator()
+        words = [word for k, v in settings.items() for word in ("--set", f"{k}={_toml(v)}")]
+        return [*words, *(("--simulator", spec) if settings and ":" in spec else ())]
+
+    def _simulator(self) -> str:
+        """The name of the bank's simulator as another process finds it."""
+        recorded = dict(self.bank.get("simulator") or {})
+        installed = {point.name for point in entry_points(group=ENTRY_POINTS)}
+        return str(recorded.get("name" if recorded.get("name") in installed else "spec") or recorded.get("name") or "SIM")
 
     def _place(self) -> str:
         """A directory for another run, of another name for each finding."""
@@ -92,9 +106,7 @@ class _Commands:
     def more(self, rows: int = 0) -> str:
         """Extend the bank, to twice as many rows at least, and train on it."""
         rows = max(rows, 2 * int(self.bank["rows"]))
-        recorded = dict(self.bank.get("simulator") or {})
-        simulator = str(recorded.get("name" if recorded.get("name") in available() else "spec", "SIM"))
-        made = self._line("sbiplat", "simulate", simulator, "--n", str(rows), "--seed", str(self.bank["seed"]), "--out",
+        made = self._line("sbiplat", "simulate", self._simulator(), "--n", str(rows), "--seed", str(self.bank["seed"]), "--out",
                           str(self.bank["path"]))
         return f"{made} && {self.again()}"
 
@@ -113,6 +125,13 @@ class _Commands:
     @staticmethod
     def _line(*words: str) -> str:
         return shlex.join(words)
+
+
+def _toml(value: Any) -> str:
+    """A value as --set takes it."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{k} = {_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _some(by_name: Mapping[str, Criterion], names: Iterable[str]) -> list[Criterion]:

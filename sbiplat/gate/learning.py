@@ -31,7 +31,6 @@ from sbiplat.progress import Progress
 from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
 from sbiplat.simulator import Simulator
-from sbiplat.symmetry.settings import SymmetrySettings
 from sbiplat.training.begin import TrainSettings, filled, observe_of, plan
 from sbiplat.training.trainer import carry_out
 
@@ -97,7 +96,7 @@ def learning_curve(
         part = source.first(source.rows // share)
         progress.say(f"learning curve: training on {part.rows} rows")
         wanted = plan(part, run.architecture.estimator, run.seed, simulator,
-                      {**asdict(run.architecture.settings), **settings, **_symmetry(run)})
+                      {**asdict(run.architecture.settings), **settings, **run.symmetry_settings})
         made = carry_out(wanted, run.path / "learning_curve" / name, progress)
         sizes.append(part.rows)
         found.append(_log_density(made, unseen, x, device))
@@ -160,12 +159,6 @@ def _as_the_user_gave(run: Run, bank: Bank, defaults: Mapping[str, Any]) -> dict
     """The run's training settings without those that are what the bank's size makes them."""
     usual = asdict(filled(TrainSettings(), bank, defaults))
     return {k: v for k, v in run.record["training"].items() if v != usual.get(k)}
-
-
-def _symmetry(run: Run) -> dict[str, Any]:
-    """What the run's training made of a symmetry, as it was given."""
-    found, usual = run.record.get("symmetry") or {}, asdict(SymmetrySettings())
-    return {k: found[k] for k in usual if found.get(k, usual[k]) != usual[k]}
 
 
 def _log_density(run: Run, z: NDArray[np.float64], x: dict[str, Any], device: str) -> NDArray[np.float64]:

@@ -113,8 +113,8 @@ class GNPESampler(Contexts):
         """Keep what the chains of draws were like; raises ChainError where they have not converged."""
         figures = [s.figures["gibbs"] for s in states]
         bad = np.concatenate([f["unconverged"] for f in figures])
-        self.diagnostics = {"gibbs_steps": max(f["iterations"] for f in figures), "gibbs_rho": max(max(f["rho"]) for f in figures),
-                            "gibbs_rho_theory": max(max(f["theory"]) for f in figures), "unconverged": int(bad.sum())}
+        self.diagnostics = {"gibbs_steps": max(f["iterations"] for f in figures), "gibbs_rho": float(max(max(f["rho"]) for f in figures)),
+                            "gibbs_rho_theory": float(max(max(f["theory"]) for f in figures)), "unconverged": int(bad.sum())}
         self._judge(figures)
 
     def _judge(self, figures: Sequence[Mapping[str, Any]]) -> None:
@@ -317,12 +317,17 @@ class Convergence:
 
 
 class _Watch:
-    """The pose over the steps: (T, b, P) means and standard deviations of coordinates from a fixed centre, and lag-1 correlations."""
+    """The pose over the steps: (T, b, P) means and standard deviations of coordinates from a fixed centre, and lag-1 correlations, of the
+    observations whose chains still run. figures: of each observation the largest lag-1 correlation over coordinates, that which theory
+    gives for the spread there, the steps taken, and whether the chains have not converged."""
 
     def __init__(self, rule: Convergence, pose: Tensor) -> None:
         self.rule, (self.centre, v) = rule, centred(rule.action, pose)
         self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
-        self.last = v
+        self.last, self.alive = v, np.arange(len(pose))
+        nothing = np.zeros(len(pose))
+        self.figures: dict[str, Any] = {"rho": nothing, "theory": nothing.copy(), "steps": nothing.astype(int),
+                                        "unconverged": nothing.astype(bool)}
 
     @staticmethod
     def _sd(v: Tensor) -> Tensor:
@@ -332,8 +337,8 @@ class _Watch:
     def steps(self) -> int:
         return len(self.rhos)
 
-    def done(self, columns: Columns) -> bool:
-        """Take in poses (b, C, S): whether all observations have converged, or the steps are used up."""
+    def done(self, columns: Columns) -> Tensor:
+        """Take in poses (b, C, S): which observations have converged, or have used up the steps, (b,)."""
         pose = columns["pose"]
         centre = self.centre[:, None].expand(*pose.shape[:2], -1)
         v = self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2])
@@ -342,7 +347,23 @@ class _Watch:
         self.means.append(mean)
         self.sds.append(sd)
         self.last = v
-        return self.steps >= self.rule.most_steps or bool(self._converged().all())
+        converged = self._converged()
+        ended = converged | (self.steps >= self.rule.most_steps)
+        if ended.any():
+            self._note(ended, converged)
+            self.centre, self.last = self.centre[~ended], self.last[~ended]
+            self.means, self.sds, self.rhos = ([each[~ended] for each in rows] for rows in (self.means, self.sds, self.rhos))
+        return ended
+
+    def _note(self, ended: Tensor, converged: Tensor) -> None:
+        """Keep the figures of observations that have ended."""
+        variance = self.sds[-1].square()
+        theory = variance / (variance + variance.new_tensor(self.rule.widths).square())
+        which = ended.cpu().numpy()
+        rows, self.alive = self.alive[which], self.alive[~which]
+        for name, values in (("rho", self._rho().amax(-1)), ("theory", theory.amax(-1)), ("unconverged", ~converged)):
+            self.figures[name][rows] = values[ended].cpu().numpy()
+        self.figures["steps"][rows] = self.steps
 
     def _rho(self) -> Tensor:
         """(b, P): the mean over the later half of the steps; as good as 1 where nothing moves."""
@@ -359,15 +380,6 @@ class _Watch:
         drift = (means[-1] - means.gather(0, ago)[0]).abs() / sds[-1] <= NEAR + error
         width = (sds[-1] / sds.gather(0, ago)[0]).log().abs() <= NEAR + error
         return (near & drift & width & (steps >= 2 * half)).all(-1)
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """Per observation: the largest lag-1 correlation over coordinates, that which theory gives for the spread there, and whether the
-        chains have not converged."""
-        variance = self.sds[-1].square()
-        theory = variance / (variance + variance.new_tensor(self.rule.widths).square())
-        return {"rho": self._rho().max(-1).values.tolist(), "theory": theory.max(-1).values.tolist(),
-                "unconverged": (~self._converged()).cpu().numpy()}
 
 
 def _own(seed: int, part: int) -> int:

@@ -220,8 +220,10 @@ class Watcher(Protocol):
 
     figures: Mapping[str, Any]
 
-    def done(self, columns: Columns) -> bool:
-        """Called after every iteration with its columns; raises a UserError where there is no hope."""
+    def done(self, columns: Columns) -> Tensor:
+        """Called after every iteration with its columns, of the observations that are not done yet: which of them are now, (B,) of bools.
+
+        Raises a UserError where there is no hope."""
         ...
 
 
@@ -237,7 +239,8 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Gibbs:
-    """Iterates steps until its rule says so; density-free. renews: the columns that an iteration starts from and gives anew.
+    """Iterates steps until its rule says so, of each observation by itself; density-free. renews: the columns that an iteration starts
+    from and gives anew.
 
     Every other column that an iteration gives is there afterwards too, as of the last one. figures: `iterations`, and the rule's.
     """
@@ -278,19 +281,22 @@ class Gibbs:
         return tuple(c for c in self.chain.columns if c not in outside)
 
     def run(self, state: State, x: Any, n: int, generator: Generator) -> State:
-        start = {k: v for k, v in state.columns.items() if k in self.needs}
+        start, seen = {k: v for k, v in state.columns.items() if k in self.needs}, x
         watcher = self.rule.watch(x, start)
-        count = 0
-        while True:
-            now = replace(state, columns=start, log_q=None)
+        alive, ended, count = torch.arange(len(state.log_weight), device=state.log_weight.device), {}, 0
+        while len(alive):
+            now = replace(state, columns=start, log_q=None, log_weight=state.log_weight[alive])
             for step in self.steps:
-                now = step.run(now, x, n, generator)
+                now = step.run(now, seen, n, generator)
             count += 1
-            if watcher.done(now.columns):
-                break
-            start = {**start, **{k: now.columns[k] for k in self.renews}}
+            done = watcher.done(now.columns)
+            for k in self.gives:
+                values = now.columns[k]
+                ended.setdefault(k, values.new_empty(len(state.log_weight), *values.shape[1:]))[alive[done]] = values[done]
+            alive, start = alive[~done], {k: v[~done] for k, v in {**start, **{k: now.columns[k] for k in self.renews}}.items()}
+            seen = {k: v[~done] if isinstance(v, Tensor) else v[(~done).cpu().numpy()] for k, v in seen.items()}
         kept = {k: v for k, v in state.columns.items() if k not in self.renews}
-        return replace(state, columns={**kept, **{k: now.columns[k] for k in self.gives}}, log_q=None,
+        return replace(state, columns={**kept, **ended}, log_q=None,
                        figures={**now.figures, self.name: {"iterations": count, **watcher.figures}})
 
     def describe(self) -> Json:
@@ -524,6 +530,10 @@ def in_words(description: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _words(step: Mapping[str, Any]) -> str:
-    kind = "" if step["step"] == "factor" else f" ({step['step']})"
+    rule = step.get("rule") or {}
+    about = [*([step["step"]] if step["step"] not in ("factor", step["name"]) else []), *([str(step["fit"])] if "fit" in step else []),
+             *(["of widths " + ", ".join(f"{k} {v:.3g}" for k, v in step["widths"].items())] if step.get("widths") else []),
+             *([f"until {rule['stops']}, {rule['most_steps']} steps at most"] if {"stops", "most_steps"} <= set(rule) else [])]
     inner = f" [{in_words(step['steps'])}]" if step.get("steps") else ""
-    return f"{step['name']}{kind}{inner}" + (f" -> {', '.join(step['gives'])}" if step.get("gives") else "")
+    return (step["name"] + (f" ({'; '.join(about)})" if about else "") + inner
+            + (f" -> {', '.join(step['gives'])}" if step.get("gives") else ""))

@@ -11,6 +11,7 @@ and a kernel moves with its pose.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,7 @@ from sbiplat.symmetry.frame import check_names, name_of
 
 ROUNDING = 1e-6  # of elements and theta, in units of their spread
 DATA_ROUNDING = 1e-4  # of x in float32, relative RMS
+KERNEL_DRAWS, KERNEL_ERRORS = 4096, 6.0  # and standard errors
 
 
 def check_algebra(action: GroupAction, prior: Prior, spec: ObservationSpec, seed: int = 0, x: Fields | None = None) -> dict[str, float]:
@@ -61,6 +63,10 @@ class _Rows:
             self.e = action.identity(count)
             v = _shaped(action, "log", action.log(self.g), (count, len(action.coordinates)))
         self.scale = v.square().mean(0).sqrt().clamp(min=1e-300)
+        if len(self.scale) and float(self.scale.min()) < 1e-12:
+            name = action.coordinates[int(self.scale.argmin())]
+            raise SymmetryError(f"{name_of(action)}: the pose's coordinate {name} is the same for all theta of the prior; nothing is "
+                                "standardised by it")
 
 
 def _apart(action: GroupAction, g: Tensor, h: Tensor, scale: Tensor) -> float:
@@ -69,8 +75,13 @@ def _apart(action: GroupAction, g: Tensor, h: Tensor, scale: Tensor) -> float:
         return 0.0
     if torch.allclose(g, h, rtol=1e-12, atol=0.0):
         return 0.0
-    near = torch.stack(list(action.preimages(action.between(g, h))))
-    return (near / scale).abs().amax(-1).amin(0).max().item()
+    worst, sizes = 0.0, [f.size for f in action.factors]
+    dims = [len(f.coordinates) for f in action.factors]
+    for f, a, b, s in zip(action.factors, g.split(sizes, -1), h.split(sizes, -1), scale.split(dims), strict=True):
+        if len(s):
+            near = torch.stack(list(f.preimages(f.between(a, b))))
+            worst = max(worst, (near / s).abs().amax(-1).amin(0).max().item())
+    return worst
 
 
 def _group_laws(action: GroupAction, rows: _Rows) -> dict[str, float]:
@@ -169,9 +180,28 @@ def _laws_of_coordinates(action: GroupAction, rows: _Rows, generator: torch.Gene
             raise SymmetryError(f"{name_of(action)}: log_kernel must give a finite number a row for the proxies that blur draws")
         moved = action.log_kernel(action.compose(rows.h, proxy), action.compose(rows.h, rows.pose), widths)
         figures["kernel"] = (moved - density).abs().max().item()
+        _check_kernel(action, rows)
     return _held(action, figures, 1e-5, {"log of exp": "log(exp(v)) = v near 0", "exp of 0": "exp(0) = e",
                                          "log_volume": "log_volume(v) = the left-invariant density at v",
                                          "kernel": "K(h proxy | h pose) = K(proxy | pose)"})
+
+
+def _check_kernel(action: GroupAction, rows: _Rows) -> None:
+    """That blur draws from the density log_kernel, by E_K[K' / K] = 1 for a narrower K'; and from the generator that it is given."""
+    at, widths = rows.pose[:1].expand(KERNEL_DRAWS, -1), 0.2 * rows.scale
+
+    def draws() -> Tensor:
+        return action.blur(at, widths, torch.Generator().manual_seed(1))
+
+    proxy = draws()
+    if not torch.equal(proxy, draws()):
+        raise SymmetryError(f"{name_of(action)}: blur gives other proxies for the same generator; draw all its noise from that")
+    for share in (0.8, 0.9):
+        ratio = (action.log_kernel(proxy, at, share * widths) - action.log_kernel(proxy, at, widths)).exp()
+        off, error = float(ratio.mean()) - 1, float(ratio.std()) / math.sqrt(len(ratio))
+        if error == 0.0 or abs(off) > KERNEL_ERRORS * error + 1e-3:
+            raise SymmetryError(f"{name_of(action)}: log_kernel is not the density of what blur draws: the mean of K({share} widths) / "
+                                f"K(widths) over its proxies is {1 + off:.3g}, not 1; override neither, or both alike")
 
 
 def _laws_on_data(action: GroupAction, rows: _Rows, x: dict[str, Tensor]) -> dict[str, float]:

@@ -195,6 +195,12 @@ def check_names(action: GroupAction, prior: Prior) -> None:
             raise SymmetryError(f"{own}: the prior has no parameter {name!r}; {hint}")
     if action.parameters and not isinstance(prior.law, Independent):
         raise SymmetryError(f"{own}: an action needs a prior of independent parameters, and this one is a joint law")
+    for factor in action.factors:
+        if factor.exact is not True and factor.exact is not False:
+            raise SymmetryError(f"{name_of(factor)}: exact = {factor.exact!r}: expected True or False")
+        if factor.exact and factor.coordinates and not factor.moved:
+            raise SymmetryError(f"{name_of(factor)}: it has a pose and moves no parameter, so it is not exact: declare exact=False, or "
+                                "let act_theta move what the pose is made of")
     moved = [p for f in action.factors for p in f.moved]
     if twice := next((p for p in moved if moved.count(p) > 1), None):
         raise SymmetryError(f"{own}: two factors move the parameter {twice!r}; at most one may")
@@ -211,8 +217,8 @@ def widths_of(action: GroupAction, given: Mapping[str, Any]) -> dict[str, float]
     """Widths that a user gave, by coordinate; raises SettingError."""
     for name, width in given.items():
         if name not in action.coordinates:
-            raise SettingError(f"kernel width of {name!r}: " + str(unknown(name, list(action.coordinates))).partition("; ")[2])
-        if isinstance(width, bool) or not isinstance(width, int | float) or not 0 < width < float("inf"):
+            raise SettingError(f"kernel width of {name!r}: " + str(unknown(str(name), list(action.coordinates))).partition("; ")[2])
+        if isinstance(width, bool) or not isinstance(width, int | float | np.floating) or not 1e-150 < width < 1e150:
             raise SettingError(f"kernel width of {name} = {width!r}: expected a number above 0, in the coordinate's own unit")
     return {k: float(v) for k, v in given.items()}
 

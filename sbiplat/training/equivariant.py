@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from sbiplat.bank.stream import pairs_at
-from sbiplat.errors import SettingError
+from sbiplat.errors import RunError, SettingError
 from sbiplat.estimators.base import Architecture, Estimator
 from sbiplat.estimators.equivariant import INITIAL, Equivariant, PoseNet, initial_settings
 from sbiplat.estimators.npe import NPESettings
@@ -64,6 +64,11 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
     if not (out / "initial" / "run.json").exists():
         check_symmetry(wanted)
     initial = carry_out(_of_pose(wanted), out / "initial", progress, watch=_goes_on)
+    if (out / "run.json").exists():
+        begun = (Run.open(out).architecture.symmetry or {}).get("initial_weights")
+        if begun != initial.weights_digest:
+            raise RunError(f"{out / 'initial'} is not the initial net that {out} was begun with: its weights differ; put it back, or "
+                           "train into another --out")
     kernel = measured(wanted, initial)
     for name, width, spread in zip(wanted.action.coordinates, kernel.widths, kernel.spread, strict=True):
         progress.say(f"{name}: the initial net's spread is {spread:.3g}, the kernel's width {width:.3g}; from five spreads off a chain "
@@ -71,7 +76,8 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
     if wanted.symmetry.proxy != "told":
         progress.say(f"over the initial net's spread the log prior changes by {kernel.slope:.3g} (rms), and {kernel.leaving:.2%} of moves "
                      f"as large leave its support: the net is {'told' if any(kernel.told) else 'not told'} the proxy"
-                     + ("" if all(kernel.told) or not any(kernel.told) else " of approximate factors"))
+                     + ("" if all(kernel.told) or not any(kernel.told) else " of approximate factors")
+                     + (", since the action is approximate" if all(kernel.told) and not wanted.action.exact else ""))
     about = {**_action(wanted), "role": GNPE, "widths": list(kernel.widths), "told": list(kernel.told), "spread": list(kernel.spread),
              "slope": kernel.slope, "leaving": kernel.leaving, "gibbs_steps": wanted.symmetry.gibbs_steps,
              "initial": asdict(initial.architecture.settings), "initial_weights": initial.weights_digest}
@@ -91,7 +97,8 @@ def _goes_on(epoch: int, best: float) -> bool:
 
 def predicted_steps(ratio: float) -> float:
     """Steps from five spreads off to a twentieth, for a kernel of so many spreads."""
-    return math.log(FAR / NEAR) / math.log1p(ratio**2)
+    rate = math.log1p(ratio**2)
+    return math.log(FAR / NEAR) / rate if rate > 0 else math.inf
 
 
 def _action(wanted: Plan) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -14,6 +15,9 @@ from sbiplat.gate import learning
 from sbiplat.gate.criterion import Criterion
 from sbiplat.gate.diagnosis import diagnose
 from sbiplat.progress import silent
+from sbiplat.runs import Run
+from sbiplat.settings import parse_assignments
+from sbiplat.symmetry.settings import SymmetrySettings
 
 
 def failed(*names, mend="m"):
@@ -87,3 +91,13 @@ def test_a_passed_run_has_no_diagnosis_and_a_refused_one_says_it(run):
     assert diagnose(run, []) == []
     certificate = sp.gate(run, n=300, progress=silent, information=50.0)
     assert certificate.content["diagnosis"][0]["defect"] == "not using x"
+
+
+def test_the_commands_keep_the_symmetry_and_name_the_simulator_that_declares_it(run):
+    record = {**run.record, "symmetry": {**asdict(SymmetrySettings()), "symmetry": "gnpe", "initial": {"flow": "gaussian"}},
+              "bank": {**run.record["bank"], "simulator": {"name": "mine", "spec": "/somewhere/mine.py:mine"}}}
+    found = diagnose(Run(run.path, record), failed("fragility"))[0].command
+    words = shlex.split(found)
+    assert "symmetry=\"gnpe\"" in words
+    assert parse_assignments([next(w for w in words if w.startswith("initial="))]) == {"initial": {"flow": "gaussian"}}
+    assert words[words.index("--simulator") + 1] == "/somewhere/mine.py:mine"

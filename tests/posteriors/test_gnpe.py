@@ -569,7 +569,7 @@ def test_files_of_draws_name_the_chain_with_its_steps():
     chain = json.loads(facts["chain"], parse_constant=lambda name: pytest.fail(name))
     gibbs = next(step for step in chain if step["name"] == "gibbs")
     assert gibbs["steps"][0]["widths"] == {"mu": pytest.approx(0.5 * S)}
-    assert next(step for step in chain if step["step"] == "recovery")["fit"] == "mixture of the kernels about the chains' poses"
+    assert next(step for step in chain if step["step"] == "recovery")["fit"] == "mixture of 512 kernels about the chains' poses"
     assert len(facts["chain"]) < 3000
 
 

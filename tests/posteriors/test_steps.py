@@ -105,7 +105,7 @@ class Recorded:
 
     def done(self, columns):
         self.kept.append(columns["theta"].clone())
-        return len(self.kept) == self.iterations
+        return torch.full((len(columns["theta"]),), len(self.kept) == self.iterations)
 
     def describe(self):
         return {"rule": "recorded", "iterations": self.iterations}
@@ -248,4 +248,33 @@ def test_a_chain_describes_itself_as_json():
     assert [s["step"] for s in said] == ["factor", "gibbs", "recovery", "factor", "reparametrisation", "target"]
     assert [s["name"] for s in said[1]["steps"]] == ["kernel", "main", "shift", "pose"]
     assert said[1]["rule"] == {"rule": "recorded", "iterations": 15}
-    assert in_words(said).startswith("initial -> pose; gibbs (gibbs) [kernel -> proxy; main -> u; ")
+    assert in_words(said).startswith("initial -> pose; gibbs [kernel -> proxy; main -> u; ")
+
+
+def test_a_block_goes_on_with_the_observations_that_are_not_done():
+    """Each observation ends at its own count, with its own x and columns, in its own place."""
+    @dataclass
+    class Until:
+        counts: torch.Tensor
+        figures: dict = field(default_factory=dict)
+
+        def watch(self, x, columns):
+            self.alive, self.now = torch.arange(len(self.counts)), 0
+            return self
+
+        def done(self, columns):
+            self.now += 1
+            assert len(columns["k"]) == len(self.alive), "those that are done are not iterated any more"
+            ended = self.counts[self.alive] <= self.now
+            self.alive = self.alive[~ended]
+            return ended
+
+        def describe(self):
+            return {}
+
+    begin = Factor("begin", ("k",), lambda x, c, n, g: ({"k": torch.zeros(len(x["x"]), n, 1, dtype=torch.float64)}, None), density=False)
+    add = Derived("add", ("k",), ("k",), lambda x, c: {"k": c["k"] + torch.as_tensor(x["x"])[:, None]})
+    made = Chain([begin, Gibbs("count", ("k",), (add,), Until(torch.tensor([3, 1, 2])))])
+    state = made.sample({"x": np.array([[1.0], [10.0], [100.0]])}, 4, 0)
+    assert state.columns["k"][..., 0].tolist() == [[3.0] * 4, [10.0] * 4, [200.0] * 4]
+    assert state.figures["count"]["iterations"] == 3

@@ -268,3 +268,44 @@ def test_the_same_seed_gives_the_same_figures():
     assert first.p_value == again.p_value
     assert first.shift == again.shift
     assert first.p_value != other.p_value
+
+
+class Derived(Translation):
+    """A pose that nothing moves, declared exact."""
+
+    moves = False
+
+
+class WiderKernel(Translation):
+    """log_kernel of twice the width beside the blur of the base."""
+
+    def log_kernel(self, proxy, pose, widths):
+        return super().log_kernel(proxy, pose, 2 * widths)
+
+
+class FlatKernel(Translation):
+    """A kernel that is no density."""
+
+    def log_kernel(self, proxy, pose, widths):
+        return proxy.new_zeros(len(proxy))
+
+
+class Standstill(Translation):
+    """A pose that is the same for all theta."""
+
+    def pose_of(self, theta):
+        return 0.0 * theta
+
+    def act_theta(self, g, theta):
+        return theta, theta.new_zeros(len(theta))
+
+
+@pytest.mark.parametrize(("action", "message"), [
+    (Derived(("mu",)), "it has a pose and moves no parameter, so it is not exact"),
+    (WiderKernel(("mu",)), r"log_kernel is not the density of what blur draws: the mean of K\(0.[89] widths\)"),
+    (FlatKernel(("mu",)), "log_kernel is not the density of what blur draws"),
+    (Standstill(("mu",)), "the pose's coordinate mu is the same for all theta"),
+])
+def test_a_kernel_or_a_pose_that_contradicts_itself_is_refused(action, message):
+    with pytest.raises(SymmetryError, match=message):
+        check_algebra(action, sp.Prior({"mu": sp.Normal(0, 1)}), ObservationSpec.declare((3,)))

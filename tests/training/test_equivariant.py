@@ -1,14 +1,17 @@
 """The two trainings of GNPE: seeded, resumable, one posterior with conjugate answers, and one line for what cannot work."""
 
+import json
 import os
+import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import sbiplat as sp
-from sbiplat.errors import OtherTraining, SettingError, SimulatorError, SymmetryError
+from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError, SymmetryError
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import silent
 from sbiplat.symmetry import Product, Translation
@@ -313,3 +316,38 @@ def test_a_slab_makes_the_posterior_give_way_where_x_is_far_from_all_rows(bank, 
         assert (sp.Run.open(made_run.path / "initial").record["training"]["defend"] != []) == bool(defend)
         spreads.append(found(made_run, np.array([0.0, 6.0]))[1])
     assert spreads[1] > 1.15 * spreads[0]
+
+
+def test_another_initial_net_in_a_begun_run_is_refused(bank, tmp_path, monkeypatch):
+    """Its weights are part of the run, which names them."""
+    step = trainer._Training._step
+
+    def stopping(self, batch):
+        if self.run.path == tmp_path / "run" and self.state["step"] == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer._Training, "_step", stopping)
+        with pytest.raises(Stopped):
+            train(bank, tmp_path / "run")
+    weights = load_file(tmp_path / "run" / "initial" / "weights.safetensors")
+    save_file({k: 1.1 * v for k, v in weights.items()}, tmp_path / "run" / "initial" / "weights.safetensors")
+    with pytest.raises(RunError, match=r"is not the initial net that .* was begun with"):
+        train(bank, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("place", "value", "message"), [
+    (("widths",), [-1.0], "kernel widths above 0"), (("told",), [None], "expected true or false"), (("role",), "x", "the role 'x'"),
+    (("gibbs_steps",), 10**9, "gibbs_steps"), (("action", "field"), "y", "cannot act on this x"), (("initial",), [], "cannot act on this x"),
+])
+def test_a_damaged_symmetry_in_run_json_is_one_line(run, tmp_path, place, value, message):
+    shutil.copytree(run.path, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    found = record["architecture"]["symmetry"]
+    for key in place[:-1]:
+        found = found[key]
+    found[place[-1]] = value
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record))
+    with pytest.raises((RunError, SettingError), match=message):
+        from_run(sp.Run.open(tmp_path / "run"))
