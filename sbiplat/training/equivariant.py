@@ -48,7 +48,8 @@ class Kernel:
     A net that is not told an exact action's proxy learns the conditional under a flat prior, whatever the kernel: relative coordinates do
     not know where they are. Chains then have the posterior under a flat prior as their law, off by about `slope` standard deviations,
     cut off where the support ends, since what lies beyond is drawn again: an edge alone costs no exactness but for what the rows
-    near it mix into the net's training.
+    near it mix into the net's training. slow: the share of validation rows that tell so little of the pose that their own spread predicts
+    more steps than chains may take.
     """
 
     widths: tuple[float, ...]
@@ -56,6 +57,7 @@ class Kernel:
     told: tuple[bool, ...]
     slope: float
     leaving: float
+    slow: float = 0.0
 
 
 def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) -> Plan:
@@ -78,8 +80,11 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
                      f"as large leave its support: the net is {'told' if any(kernel.told) else 'not told'} the proxy"
                      + ("" if all(kernel.told) or not any(kernel.told) else " of approximate factors")
                      + (", since the action is approximate" if all(kernel.told) and not wanted.action.exact else ""))
+    if kernel.slow > 0:
+        progress.say(f"{kernel.slow:.1%} of validation rows tell so little of the pose that their chains would take over "
+                     f"{wanted.symmetry.gibbs_steps} steps, and be refused; if that is too many, take a larger kernel_ratio")
     about = {**_action(wanted), "role": GNPE, "widths": list(kernel.widths), "told": list(kernel.told), "spread": list(kernel.spread),
-             "slope": kernel.slope, "leaving": kernel.leaving, "gibbs_steps": wanted.symmetry.gibbs_steps,
+             "slope": kernel.slope, "leaving": kernel.leaving, "slow": kernel.slow, "gibbs_steps": wanted.symmetry.gibbs_steps,
              "initial": asdict(initial.architecture.settings), "initial_weights": initial.weights_digest}
     weights = initial.estimator().state_dict()
 
@@ -129,7 +134,8 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
     with torch.no_grad():
         drawn = net.net.sample(net.context(net.prepare(x)), DRAWS, generator).double()
     poses = action.exp(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
-    spread = centred(action, poses)[1].std(1).median(0).values
+    each = centred(action, poses)[1].std(1)
+    spread = each.median(0).values
     given = widths_of(action, settings.kernel_widths or {})
     widths = tuple(given.get(name, settings.kernel_ratio * float(s)) for name, s in zip(action.coordinates, spread, strict=True))
     z = torch.as_tensor(pairs["theta"])
@@ -148,4 +154,6 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
     for factor in action.factors:
         dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and flat))
         told += [not dropped] * len(factor.coordinates)
-    return Kernel(widths, tuple(spread.tolist()), tuple(told), slope, leaving)
+    rate = torch.log1p((torch.tensor(widths, dtype=torch.float64) / each.clamp_min(1e-300)).square()).amin(1)
+    slow = float((math.log(FAR / NEAR) > settings.gibbs_steps * rate).double().mean())
+    return Kernel(widths, tuple(spread.tolist()), tuple(told), slope, leaving, slow)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 import sbiplat as sp
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError, SymmetryError
 from sbiplat.posteriors.of_run import from_run
-from sbiplat.progress import silent
+from sbiplat.progress import Progress, silent
 from sbiplat.symmetry import Product, Translation
 from sbiplat.training import equivariant, trainer
 from sbiplat.training.trainer import Stopped
@@ -351,3 +351,22 @@ def test_a_damaged_symmetry_in_run_json_is_one_line(run, tmp_path, place, value,
     (tmp_path / "run" / "run.json").write_text(json.dumps(record))
     with pytest.raises((RunError, SettingError), match=message):
         from_run(sp.Run.open(tmp_path / "run"))
+
+
+def test_training_says_what_share_of_rows_tells_little_of_the_pose(tmp_path):
+    """One row in four has hardly any signal: its pose is the prior's, a hundred kernels wide."""
+    @sp.simulator(prior=sp.Prior({"mu": sp.Uniform(-50, 50), "loud": sp.Uniform(0, 1)}), x_shape=(2,), batched=True, name="faint",
+                  symmetry=Translation(("mu",), exact=False))
+    def faint(theta, rng):
+        return theta[:, :1] + np.where(theta[:, 1:] < 0.25, 500.0, 0.1) * rng.standard_normal((len(theta), 2))
+
+    said = []
+
+    class Kept(Progress):
+        def say(self, line):
+            said.append(line)
+
+    run = train(simulated(faint, tmp_path, 2000), tmp_path / "run", simulator=faint, progress=Kept(), flow="nsf",
+                max_epochs=15)
+    assert 0.1 < run.architecture.symmetry["slow"] < 0.5
+    assert any("tell so little of the pose" in line for line in said)
