@@ -173,10 +173,11 @@ class Likelihood(_Net):
 class Equivariant:
     """GNPE: its recovered density, from fewer chains than the posterior's own. The gradient is that of q(z | x', proxy); the density of
     proxies, for which chains are run anew at every x', is held fast. What a step of an attack by gradient sees is only where to go: its
-    chains are broken off after a few steps. What attacks are judged by, and the search, run them to the end."""
+    chains are broken off after a few steps. What attacks are judged by, and the search, run them to the end, or for so many steps: chains
+    of an x far from all simulations may never converge."""
 
     normalised, objectives = True, ("forward",)
-    CENTRES, PROXIES, STEPS = 128, 4, 3
+    CENTRES, PROXIES, STEPS, MOST_STEPS = 128, 4, 3, 30
 
     def __init__(self, sampler: GNPESampler) -> None:
         self.sampler = sampler
@@ -190,7 +191,7 @@ class Equivariant:
         self.gradients = _has_gradients(context, sampler.estimator)
 
     def condition(self, x: Data) -> tuple[Data, Centres]:
-        steps = self.STEPS if any(v.requires_grad for v in x.values()) else None
+        steps = self.STEPS if any(v.requires_grad for v in x.values()) else min(self.MOST_STEPS, self.sampler.estimator.most_steps)
         return x, self.sampler.centres({k: v.detach() for k, v in x.items()}, self.CENTRES, steps)
 
     def log_prob(self, z: Tensor, condition: tuple[Data, Centres]) -> Tensor:
