@@ -36,6 +36,7 @@ from sbiplat.training.defence import checked, parsed
 
 PRECISIONS = ("float32", "bf16")
 HELD_OUT_LEAST = 500
+OF_BOTH = ("members", "validation", "held_out", "held_out_most", "device", "defend", "compile", "memory_mb")
 CHECKED_ROWS, CHECKED_SECONDS = 1024, 10.0  # of simulations on which a symmetry is checked before a training
 PLAIN = SymmetrySettings()
 
@@ -205,6 +206,9 @@ def _check_gnpe(plan: Plan, action: GroupAction) -> None:
                            "'deepset' and symmetry = 'none', or give it in a Product with an action that has one")
     if PROXY in architecture.x.shapes:
         raise SettingError(f"x has a field {PROXY!r} of its own, and GNPE adds one of that name; call it something else")
+    for name in plan.symmetry.initial or {}:
+        if name in OF_BOTH:
+            raise SettingError(f"initial: {name} is the same for both nets of gnpe; set it for the training")
     widths_of(action, plan.symmetry.kernel_widths or {})
 
 

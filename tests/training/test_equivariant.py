@@ -207,6 +207,7 @@ class Never:
     ({"symmetry": "gnep"}, "symmetry = 'gnep': expected"),
     ({"kernel_ratio": 0.0}, "kernel_ratio = 0.0"),
     ({"initial": {"flwo": "nsf"}}, "no setting is called 'flwo'; did you mean flow"),
+    ({"initial": {"held_out": 0.4}}, "initial: held_out is the same for both nets"),
 ])
 def test_what_cannot_work_is_one_line_before_anything_is_trained(bank, tmp_path, monkeypatch, settings, message):
     monkeypatch.setattr(trainer, "_Training", Never)
