@@ -27,7 +27,7 @@ else:
     torch = Lazy("torch")
 
 
-FEW_TURNS = 64.0  # of which float32 leaves a fraction of a turn right to a few millionths
+FEW_TURNS, FEW_OF_SERIES = 8.0, 64.0  # of which float32 leaves a fraction of a turn right to a millionth, and to a few
 
 
 def shift_series(x: Tensor, t: Tensor, spacing: float) -> Tensor:
@@ -40,7 +40,7 @@ def _later(spectrum: Tensor, t: Tensor, samples: int, spacing: float) -> Tensor:
     cycles = torch.arange(spectrum.shape[-1], dtype=torch.float64, device=spectrum.device) / (samples * spacing)
     if samples % 2 == 0:
         cycles[-1] = 0.0
-    cosine, sine = _phases(t, cycles, spectrum.real)
+    cosine, sine = _phases(t, cycles, spectrum.real, FEW_OF_SERIES)
     return torch.fft.irfft(spectrum * torch.complex(cosine, -sine), n=samples)
 
 
@@ -51,14 +51,17 @@ def shift_spectrum(x: Tensor, t: Tensor, frequencies: Tensor) -> Tensor:
     return torch.stack([real * cosine + imaginary * sine, imaginary * cosine - real * sine], -2)
 
 
-def _phases(t: Tensor, frequencies: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+def _phases(t: Tensor, frequencies: Tensor, like: Tensor, few: float = FEW_TURNS) -> tuple[Tensor, Tensor]:
     """cos and sin of 2 pi f t in the dtype of `like` (B, ..., F); whole turns are taken off in float64 where they are many."""
-    few = like.dtype == torch.float32 and t.numel() and float(t.abs().max()) * float(frequencies.abs().max()) < FEW_TURNS
-    precision = torch.float32 if few else torch.float64
+    precision = torch.float32 if like.dtype == torch.float32 and _fewer(few, t, frequencies) else torch.float64
     t = t.to(like.device, precision)
     turns = t.reshape(*t.shape, *[1] * (like.ndim - t.ndim)) * frequencies.to(like.device, precision)
     angle = ((turns - turns.round()) * (2 * math.pi)).to(like.dtype)
     return angle.cos(), angle.sin()
+
+
+def _fewer(turns: float, t: Tensor, frequencies: Tensor) -> bool:
+    return not t.numel() or float(t.abs().max()) * float(frequencies.abs().max()) < turns
 
 
 def on_channels(x: Tensor, channels: tuple[int, ...] | None, axis: int, function: Callable[[Tensor], Tensor]) -> Tensor:

@@ -431,7 +431,6 @@ def test_the_command_writes_weights_and_says_what_they_are_worth(line_run, tmp_p
 @pytest.mark.parametrize(("words", "told"), [
     (["--importance"], r"no simulator is registered here as 'line'; name it: sbiplat sample .* --importance --simulator file.py:object"),
     (["--importance", "--simulator", "own.py:without"], "'without' has no log_likelihood"),
-    (["--simulator", "own.py:own"], "--simulator is for --importance"),
 ])
 def test_the_commands_mistakes_are_one_line(line_run, tmp_path, words, told):
     (tmp_path / "own.py").write_text(OWN)

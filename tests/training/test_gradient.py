@@ -10,7 +10,7 @@ from conftest import QUICK
 import sbiplat as sp
 from sbiplat.errors import SettingError
 from sbiplat.progress import silent
-from sbiplat.training import begin, gradient, trainer
+from sbiplat.training import batches, begin, gradient, trainer
 from sbiplat.training.begin import TrainSettings
 from sbiplat.training.gradient import Gradient
 
@@ -86,7 +86,7 @@ def test_the_validation_loss_is_that_of_float32(line_bank, tmp_path):
     """What draws later is float32, so which weights are best is decided there."""
     run = sp.train(line_bank, "npe", out=tmp_path / "run", progress=silent, **{**QUICK, "max_epochs": 1, "precision": "bf16"})
     wanted = begin.plan(line_bank, "npe", 0, None, {**QUICK, "max_epochs": 1})
-    pairs = trainer.pairs_at(line_bank, wanted.apart.validation)
+    pairs = batches.pairs_at(line_bank, wanted.apart.validation)
     estimator = run.estimator()
     with torch.no_grad():
         x = estimator.prepare({"x": torch.as_tensor(pairs["x"]["x"])})
