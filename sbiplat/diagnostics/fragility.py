@@ -37,6 +37,7 @@ from sbiplat.diagnostics.whitened import Ball, Data, Whitening
 from sbiplat.errors import UserError
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Posterior
+from sbiplat.posteriors.chains import judging
 
 Array = NDArray[np.float64]
 HARMLESS = 0.1  # nats: tau
@@ -127,7 +128,8 @@ class Attacked:
         """Draw from the posteriors of x."""
         device = device_of(posterior)
         data = {k: v.to(device) for k, v in tensors(x).items()}
-        z = posterior.unconstrained_sample(x, TO_STEP + TO_CHOOSE + TO_SCORE, seed)
+        with judging(posterior.sampler):  # chains of a clean x are judged where coverage is
+            z = posterior.unconstrained_sample(x, TO_STEP + TO_CHOOSE + TO_SCORE, seed)
         draws = torch.as_tensor(z, dtype=torch.float32, device=device)
         made = cls(posterior, target, whitening, x, data, Draws(draws, draws[..., 0]), settings, seed)
         used = torch.cat([torch.arange(part.start, part.stop) for part in made.shares[0 if made.has_density else 1:]])
