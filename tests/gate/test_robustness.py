@@ -20,6 +20,7 @@ from sbiplat.gate import robustness
 from sbiplat.gate.criteria import Criteria
 from sbiplat.observation import ObservationSpec
 from sbiplat.posteriors.base import Posterior
+from sbiplat.posteriors.chains import ChainError
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import silent
 
@@ -287,6 +288,26 @@ def test_masked_gradients_are_caught():
     found = verdicts(LinearGaussian(matrix(10, 1), 0.05, rounded=0.05), 0, attacked=50)
     assert not found["gradient masking"].passed
     assert "100% of gradient steps had none" in found["gradient masking"].statement
+
+
+class Chained(LinearGaussian):
+    """Refuses to draw, as samplers with chains do, unless its chains are only judged."""
+
+    judged = None
+
+    def sample(self, x, n, generator):
+        if isinstance(x, dict):
+            if self.judged is None:
+                raise ChainError("have not converged")
+            self.judged.append(np.ones(len(next(iter(x.values()))), bool))
+        return super().sample(x, n, generator)
+
+
+def test_chains_of_clean_data_that_have_not_converged_end_no_gate():
+    """Coverage judges them; attacks go on with what they drew, and what is refused under attack is left out."""
+    found = verdicts(Chained(matrix(4, 2), 0.5), 0, attacked=10, attack_steps=2, attack_queries=2)
+    assert found["fragility"].passed
+    assert "refuses all attacked data" in found["coverage under attack"].statement
 
 
 def test_without_gradients_the_search_alone_decides_and_the_figures_say_so():
