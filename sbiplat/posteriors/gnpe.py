@@ -3,10 +3,11 @@ r"""The posterior behind GNPE: parallel Gibbs chains over (theta, proxy), and th
 .. math:: \hat g_0 \sim K(\cdot | p_0), \; p_0 \sim q_{\text{initial}}(p | x); \qquad
           \theta_t \sim q(\theta | x, \hat g_{t-1}), \quad \hat g_t \sim K(\cdot | p(\theta_t)) .
 
-Every draw is the end of a chain of its own. Of the pose, measured over an observation's chains in coordinates from their centre: the
-lag-1 correlation :math:`\rho`, how far the start was off in standard deviations, d, and how far the mean and log sd have moved within the
-last half-life :math:`h = \ln 2 / \ln(1 / \rho)`. The chains have converged when :math:`d \rho^t \le 0.05` and that last motion is no more
-than 0.05 beside its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told.
+Every draw is the end of a chain of its own. Of the pose, measured over an observation's chains in coordinates from their centre (clipped
+at four robust standard deviations, so that a few chains in a far mode do not hide the others): the lag-1 correlation :math:`\rho`, how far
+the start was off in standard deviations, d, and how far the mean and log sd have moved within the last half-life
+:math:`h = \ln 2 / \ln(1 / \rho)`. The chains have converged when :math:`d \rho^t \le 0.05` and that last motion is no more than 0.05 beside
+its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told.
 
 The density is recovered from converged proxies: since a proxy is a blurred pose, theirs is a mixture of kernels,
 
@@ -43,6 +44,7 @@ from sbiplat.symmetry.frame import centred
 LEAST_CHAINS = 128  # an observation: convergence is measured over them
 NEAR = 0.05  # standard deviations
 ERRORS = 3.0  # standard errors
+FAR = 4.0  # standard deviations
 CENTRES = 512  # of the mixture of kernels
 PROXIES = 8  # for the marginal density of a theta
 TRIES = 64  # for a draw within the prior's support, in the last of rounds of 1, 2, 4, ...
@@ -323,6 +325,7 @@ class _Watch:
 
     def __init__(self, rule: Convergence, pose: Tensor) -> None:
         self.rule, (self.centre, v) = rule, centred(rule.action, pose)
+        v = _clipped(v)
         self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
         self.last, self.alive = v, np.arange(len(pose))
         nothing = np.zeros(len(pose))
@@ -341,7 +344,7 @@ class _Watch:
         """Take in poses (b, C, S): which observations have converged, or have used up the steps, (b,)."""
         pose = columns["pose"]
         centre = self.centre[:, None].expand(*pose.shape[:2], -1)
-        v = self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2])
+        v = _clipped(self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2]))
         mean, sd = v.mean(1), self._sd(v)
         self.rhos.append(((v - mean[:, None]) * (self.last - self.means[-1][:, None])).mean(1) / (sd * self.sds[-1]))
         self.means.append(mean)
@@ -380,6 +383,13 @@ class _Watch:
         drift = (means[-1] - means.gather(0, ago)[0]).abs() / sds[-1] <= NEAR + error
         width = (sds[-1] / sds.gather(0, ago)[0]).log().abs() <= NEAR + error
         return (near & drift & width & (steps >= 2 * half)).all(-1)
+
+
+def _clipped(v: Tensor) -> Tensor:
+    """Coordinates (b, C, P) held within `FAR` robust standard deviations of the median."""
+    low, middle, high = torch.quantile(v, v.new_tensor([0.25, 0.5, 0.75]), dim=1, keepdim=True)
+    reach = FAR * (high - low) / 1.349
+    return torch.minimum(torch.maximum(v, middle - reach), middle + reach)
 
 
 def _own(seed: int, part: int) -> int:

@@ -622,3 +622,19 @@ def test_a_set_in_a_product_trains_and_alone_is_refused(tmp_path):
     posterior = from_run(trained(tmp_path, 2000, simulator(Product(Permutation(), Translation("mu"))), max_epochs=15))
     theta = posterior.sample(X["x"][0], 2000, seed=0)[:, 0]
     assert stats.kstest(theta, stats.norm(M, S).cdf).statistic < 0.15
+
+
+def test_a_few_chains_in_a_far_mode_do_not_hide_that_the_others_have_converged():
+    """One chain in a hundred stays a hundred standard deviations off: the plain correlation is then near 1 whatever the others do."""
+    generator, rho = torch.Generator().manual_seed(3), 0.6
+    far = 100.0 * (torch.arange(2000) % 100 == 0)[None, :, None]
+    near = torch.randn(1, 2000, 1, generator=generator, dtype=torch.float64)
+    watch = gnpe.Convergence(Translation(("mu",)), (1.0,), 100).watch(None, {"pose": near + far})
+    for _ in range(30):
+        before = near
+        near = rho * near + math.sqrt(1 - rho**2) * torch.randn(near.shape, generator=generator, dtype=torch.float64)
+        if watch.done({"pose": near + far}).all():
+            break
+    assert watch.figures["steps"][0] < 20
+    assert watch.figures["rho"][0] == pytest.approx(rho, abs=0.06)
+    assert np.corrcoef((before + far).flatten(), (near + far).flatten())[0, 1] > 0.99, "what it would be of all chains alike"
