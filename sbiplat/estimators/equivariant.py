@@ -45,7 +45,7 @@ def made(architecture: Architecture) -> Estimator:
         return KINDS[role](architecture)
     except (KeyError, AttributeError, IndexError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise SettingError(f"its symmetry cannot act on this x: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-                           ) from None
+                           ) from error
 
 
 def frame_of(symmetry: Mapping[str, Any]) -> Frame:

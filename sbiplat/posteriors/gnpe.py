@@ -48,6 +48,7 @@ FAR = 4.0  # standard deviations
 CENTRES = 512  # of the mixture of kernels
 PROXIES = 8  # for the marginal density of a theta
 TRIES = 64  # for a draw within the prior's support, in the last of rounds of 1, 2, 4, ...
+MOST_BEYOND = 0.01  # share of an observation's chains that may end without one
 ROUNDS = 4  # of tries, over which their number is averaged
 BYTES_PER_PASS = 2**26
 ROWS_AT_ONCE = 2**17
@@ -80,8 +81,8 @@ class GNPESampler(Contexts):
             return {"proxy": proxy.unflatten(0, (-1, n))}, frame.log_kernel(proxy, pose).unflatten(0, (-1, n))
 
         def conditional(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, None]:
-            z, tries = self.conditional(x, columns["proxy"], generator)
-            return {"z": z, "tries": tries}, None
+            z, tries, beyond = self.conditional(x, columns["proxy"], generator)
+            return {"z": z, "tries": tries, "beyond": beyond}, None
 
         def pose(x: Any, columns: Columns) -> Columns:
             z = columns["z"]
@@ -90,7 +91,7 @@ class GNPESampler(Contexts):
         action = frame.action
         about = {"kernel": "normal in tangent coordinates", "widths": dict(zip(action.coordinates, frame.widths, strict=True))}
         steps = (Factor("kernel", ("proxy",), blur, needs=("pose",), about=about),
-                 Factor("main net", ("z", "tries"), conditional, needs=("proxy",), density=False,
+                 Factor("main net", ("z", "tries", "beyond"), conditional, needs=("proxy",), density=False,
                         about={"relative": list(action.moved),
                                "told": [c for c, told in zip(action.coordinates, frame.told, strict=True) if told]}),
                  Derived("pose", ("z",), ("pose",), pose))
@@ -113,7 +114,7 @@ class GNPESampler(Contexts):
 
     def _keep(self, states: Sequence[State]) -> None:
         """Keep what the chains of draws were like; raises ChainError where they have not converged."""
-        figures = [s.figures["gibbs"] for s in states]
+        figures = [_figures(s) for s in states]
         bad = np.concatenate([f["unconverged"] for f in figures])
         self.diagnostics = {"gibbs_steps": max(f["iterations"] for f in figures), "gibbs_rho": float(max(max(f["rho"]) for f in figures)),
                             "gibbs_rho_theory": float(max(max(f["theory"]) for f in figures)), "unconverged": int(bad.sum())}
@@ -128,7 +129,8 @@ class GNPESampler(Contexts):
             where = "" if len(bad) == 1 else f" of {bad.sum()} of {len(bad)} observations ({_some(np.flatnonzero(bad))})"
             steps = max(f["iterations"] for f in figures)
             raise ChainError(f"the draws are not to be used: Gibbs chains{where} have not converged after {steps} steps (the largest lag-1 "
-                             f"correlation is {rho:.3f}); train with a wider kernel (kernel_ratio), or with more gibbs_steps")
+                             f"correlation is {rho:.3f}), or found no draw within the prior; train with a wider kernel (kernel_ratio), or "
+                             "with more gibbs_steps")
 
     def first(self, x: dict[str, Tensor], count: int, generator: torch.Generator) -> Tensor:
         """Poses (b, count, S) of the initial net."""
@@ -137,15 +139,16 @@ class GNPESampler(Contexts):
         v = torch.cat([net.sample(c, count, generator) for c in contexts.split(most)]).double()
         return self.frame.action.exp(v.flatten(0, 1)).unflatten(0, v.shape[:2])
 
-    def conditional(self, x: dict[str, Tensor], proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S), and how many tries each took, (b, C, 1)."""
+    def conditional(self, x: dict[str, Tensor], proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S); how many tries each took, and whether none of
+        them lay inside and z was clipped into the support, (b, C, 1)."""
         flat = proxy.flatten(0, 1)
         parts = [self._within(contexts, flat[rows], generator) for rows, contexts in self._contexts_of(x, self._owner(proxy), flat)]
-        z, tries = (torch.cat(part).unflatten(0, proxy.shape[:2]) for part in zip(*parts, strict=True))
-        return z, tries[..., None]
+        z, tries, beyond = (torch.cat(part).unflatten(0, proxy.shape[:2]) for part in zip(*parts, strict=True))
+        return z, tries[..., None], beyond[..., None]
 
-    def _within(self, contexts: Tensor, proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Of rows: z (R, D) within the support, clipped into it after so many tries, and their number (R,)."""
+    def _within(self, contexts: Tensor, proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of rows: (R, D), (R,), (R,)."""
         z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], proxy)
         tries, many = torch.ones(len(z), dtype=torch.float64, device=z.device), 1
         while many < TRIES and len(lacking := torch.nonzero(~inside)[:, 0]):
@@ -156,7 +159,7 @@ class GNPESampler(Contexts):
             first = (good.cumsum(1) == 0).sum(1).clamp(max=many - 1)
             z[lacking] = each.view(len(lacking), many, -1)[torch.arange(len(lacking), device=z.device), first]
             inside[lacking], tries[lacking] = good.any(1), tries[lacking] + first + 1
-        return z, tries
+        return z, tries, ~inside
 
     def _owner(self, proxy: Tensor) -> Tensor:
         """The observation of each row of proxies (b, C, S)."""
@@ -192,7 +195,7 @@ class GNPESampler(Contexts):
         """Always the same for one x in its place; most_steps: to break the chains off sooner."""
         chain = self.chain if most_steps is None else Chain([self._initial(), self._gibbs(most_steps)])
         state = chain.sample(x, count, RECOVERY_SEED, device=str(self.device))
-        return Centres(state.columns["pose"], (state.columns["tries"] > 1).flatten(1).any(1), state.figures["gibbs"])
+        return Centres(state.columns["pose"], (state.columns["tries"] > 1).flatten(1).any(1), _figures(state))
 
     def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Centres, proxies: int) -> Tensor:
         """log q(z | x) of z (b, n, D): float64 (b, n), by so many proxies a theta; differentiable in x, with the centres and the mass
@@ -214,7 +217,7 @@ class GNPESampler(Contexts):
         out = torch.zeros(proxy.shape[:2], dtype=torch.float64, device=proxy.device)
         if edged.any():
             own = {k: v.detach()[edged] for k, v in x.items()}
-            _, tries = self.conditional(own, proxy[edged].repeat_interleave(ROUNDS, 1), generator)
+            _, tries, _ = self.conditional(own, proxy[edged].repeat_interleave(ROUNDS, 1), generator)
             out[edged] = tries.view(len(tries), -1, ROUNDS).mean(-1).log()
         return out
 
@@ -383,6 +386,15 @@ class _Watch:
         drift = (means[-1] - means.gather(0, ago)[0]).abs() / sds[-1] <= NEAR + error
         width = (sds[-1] / sds.gather(0, ago)[0]).log().abs() <= NEAR + error
         return (near & drift & width & (steps >= 2 * half)).all(-1)
+
+
+def _figures(state: State) -> dict[str, Any]:
+    """Of a Gibbs block that has just ended; chains that found no draw within the prior's support count as not converged."""
+    figures = state.figures["gibbs"]
+    if "beyond" not in state.columns:
+        return dict(figures)
+    beyond = (state.columns["beyond"].double().flatten(1).mean(1) > MOST_BEYOND).cpu().numpy()
+    return {**figures, "unconverged": figures["unconverged"] | beyond}
 
 
 def _clipped(v: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Kernel:
     told: tuple[bool, ...]
     slope: float
     leaving: float
-    slow: float = 0.0
+    slow: float
 
 
 def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) -> Plan:

@@ -145,7 +145,7 @@ def test_the_lag_one_autocorrelation_is_that_of_theory():
     x = {k: torch.as_tensor(v) for k, v in X.items()}
     chains = 20_000
     theta = M + S * torch.randn(1, chains, 1, generator=rng, dtype=torch.float64)
-    z, _ = sampler.conditional(x, sampler.frame.blur(theta[0], rng)[None], rng)
+    z, _, _ = sampler.conditional(x, sampler.frame.blur(theta[0], rng)[None], rng)
     rho = location.autocorrelation(0.5 * S)
     assert np.arctanh(np.corrcoef(theta[0, :, 0], theta_of(z)[0])[0, 1]) == pytest.approx(math.atanh(rho), abs=4 / math.sqrt(chains))
 
@@ -310,6 +310,18 @@ def test_at_a_hard_edge_of_a_flat_prior_dropping_the_proxy_stays_exact(mu):
     evidence = integrate.quad(lambda t: math.exp(location.log_likelihood(np.array([[t]]), x["x"][0])[0]) / 20, 0, 20, points=[max(centre, 0.1)])[0]
     assert with_likelihood.log_evidence == pytest.approx(math.log(evidence), abs=5 * with_likelihood.log_evidence_error + 1e-3)
     assert stats.kstest(with_likelihood.resample(2000)[:, 0], law.cdf).pvalue > 1e-3
+
+
+def test_chains_that_find_no_draw_within_the_prior_are_refused():
+    """An x whose posterior under a flat prior lies some forty of its sds beyond the edge: what is clipped to the edge is no draw."""
+    prior = sp.Prior({"mu": sp.Uniform(-20, 20)})
+    sampler = of_location(0.5 * S, off=0.0, wide=1.0, prior=prior, told=False, most_steps=20)
+    sampler.judged = []
+    sampler.sample(observed(40.0, 1.0), 200, 0)
+    assert sampler.judged[0].tolist() == [True, False]
+    sampler.judged = None
+    with pytest.raises(ChainError, match="found no draw within the prior"):
+        sampler.sample(observed(40.0), 200, 0)
 
 
 def test_without_its_mass_inside_the_density_at_an_edge_would_be_too_low(monkeypatch):
