@@ -72,6 +72,7 @@ def plot(cells: Mapping[str, Any], methods: Sequence[str], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
+    matplotlib.rcParams["svg.hashsalt"] = "gnpe"  # else the ids in the file differ each time
     import matplotlib.pyplot as plt
 
     keys = [key.split() for key in cells if len(key.split()) == 3]
