@@ -172,9 +172,9 @@ class Likelihood(_Net):
 
 class Equivariant:
     """GNPE: its recovered density, from fewer chains than the posterior's own. The gradient is that of q(z | x', proxy); the density of
-    proxies, for which chains are run anew at every x', is held fast. What a step of an attack by gradient sees is only where to go: its
-    chains are broken off after a few steps. What attacks are judged by, and the search, run them to the end, or for so many steps: chains
-    of an x far from all simulations may never converge."""
+    proxies, for which chains are run anew at every x', and the kernel's widths are held fast. What a step of an attack by gradient sees
+    is only where to go: its chains are broken off after a few steps. What attacks are judged by, and the search, run them to the end, or
+    for so many steps: chains of an x far from all simulations may never converge."""
 
     normalised, objectives = True, ("forward",)
     CENTRES, PROXIES, STEPS, MOST_STEPS = 128, 4, 3, 30
@@ -186,7 +186,7 @@ class Equivariant:
 
         def context(x: Data) -> Tensor:
             proxy = frame.action.identity(1).to(next(main.parameters()).device)
-            return main.context(main.prepare_differentiably(frame.standardise(x, proxy)))
+            return main.context(main.prepare_differentiably(frame.standardise(x, proxy, sampler.estimator.stretch(x))))
 
         self.gradients = _has_gradients(context, sampler.estimator)
 

@@ -6,8 +6,8 @@ Two nets: the initial one learns the pose, q(p(theta) | x); the main one learns 
           L_q \big( u(\theta, \hat g), \; T_{\hat g}^{-1} x \big) ,
 
 with L the base's loss (npe, fmpe, npse), and fresh proxies in every step; see `symmetry.frame` for u. The initial net is trained before,
-and frozen; it says how wide the kernel K is to be, and where chains begin (`posteriors.gnpe`). Both nets are one module with one set of
-weights.
+and frozen; it says how wide the kernel K is to be, at each x where posteriors of the pose are of very different spread, and where chains
+begin (`posteriors.gnpe`). All nets are one module with one set of weights.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ from sbiplat.estimators.base import Architecture, Estimator, find
 from sbiplat.estimators.conditioned import ConditionedSettings
 from sbiplat.estimators.npe import NPE, NPESettings
 from sbiplat.nets import embeddings
+from sbiplat.nets.noise import Common
 from sbiplat.nets.standardise import robust_scale
 from sbiplat.prior import Prior
 from sbiplat.settings import build as build_settings
 from sbiplat.symmetry import names
-from sbiplat.symmetry.frame import PROXY, Frame
+from sbiplat.symmetry.frame import PROXY, Frame, centred, clipped
 from sbiplat.symmetry.settings import GNPE, SymmetrySettings
 
 INITIAL = "initial"
 BASES = ("npe", "fmpe", "npse")  # nets of theta given x
+SPREAD_DRAWS = 32
 _SCALES_SEED = 0x6E9E
+_SPREAD_SEED = 0x5EAD
 
 
 def made(architecture: Architecture) -> Estimator:
@@ -53,14 +56,22 @@ def frame_of(symmetry: Mapping[str, Any]) -> Frame:
     action = names.from_json(dict(symmetry["action"]))
     count = len(action.coordinates)
     if symmetry["role"] == INITIAL:
-        widths, told = [1.0] * count, [False] * count
+        widths, told, adaptive = [1.0] * count, [False] * count, False
     else:
-        widths, told = symmetry["widths"], symmetry["told"]
+        widths, told, adaptive = symmetry["widths"], symmetry["told"], symmetry["stretch"] is not None
     if len(widths) != count or len(told) != count or not all(type(w) is float and 1e-150 < w < 1e150 for w in widths):
         raise SettingError(f"its symmetry needs {count} kernel widths above 0, and has {widths!r}"[:200])
     if not all(type(t) is bool for t in told):
         raise SettingError(f"its symmetry has told = {told!r}: expected true or false, for each coordinate"[:200])
-    return Frame(action, Prior.from_json(symmetry["prior"]), tuple(map(float, widths)), tuple(map(bool, told)))
+    return Frame(action, Prior.from_json(symmetry["prior"]), tuple(map(float, widths)), tuple(map(bool, told)), adaptive)
+
+
+def _spread_of(symmetry: Mapping[str, Any]) -> tuple[list[float], list[list[float]] | None]:
+    """The initial net's spread, (P,), and the least and the greatest log f of an adaptive kernel, (2, P)."""
+    count, rows = len(symmetry["widths"]), [symmetry["spread"], *(symmetry["stretch"] or [])]
+    if len(rows) not in (1, 3) or not all(len(r) == count and all(type(v) is float and abs(v) < 1e150 for v in r) for r in rows):
+        raise SettingError(f"its symmetry needs a spread and two ends of stretch of {count} numbers each")
+    return rows[0], rows[1:] or None
 
 
 def initial_settings(settings: ConditionedSettings, own: Mapping[str, Any]) -> NPESettings:
@@ -101,6 +112,12 @@ class PoseNet(Estimator):
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         return self.net.loss(self.coordinates(theta), x)
 
+    def spread(self, context: Tensor) -> Tensor:
+        """The standard deviation of each coordinate, (B, P), by draws that are a function of the context, clipped."""
+        drawn = self.net.sample(context, SPREAD_DRAWS, Common(_SPREAD_SEED)).double()
+        poses = self.frame.action.exp(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
+        return clipped(centred(self.frame.action, poses)[1]).std(1).clamp_min(1e-150)
+
 
 class Equivariant(Estimator):
     """The initial net, frozen, and the main net; see the module's docstring."""
@@ -115,8 +132,9 @@ class Equivariant(Estimator):
         assert symmetry is not None
         self.frame = frame_of(symmetry)
         self.most_steps: int = build_settings(SymmetrySettings, {"gibbs_steps": symmetry["gibbs_steps"]}).gibbs_steps
+        self.spread, self.ends = _spread_of(symmetry)
         zeros = {k: torch.zeros(2, *shape) for k, shape in architecture.x.shapes.items()}
-        self.frame.standardise(zeros, self.frame.action.identity(2))
+        self.frame.standardise(zeros, self.frame.action.identity(2), torch.zeros(2, len(self.frame.widths)))
         if architecture.estimator not in BASES:
             raise SettingError(f"symmetry = 'gnpe' goes with {', '.join(BASES)}, and the estimator is {architecture.estimator}")
         base = find(architecture.estimator)
@@ -130,10 +148,19 @@ class Equivariant(Estimator):
     def _embedding(self, architecture: Architecture) -> str:
         """The embedding's name where x has the proxy beside it: of a net for one array, by field."""
         name = architecture.settings.embedding
-        if not any(self.frame.told) or embeddings.reads_all(name):
+        if not self.frame.numbers_told or embeddings.reads_all(name):
             return name
         parts = embeddings.parts_of(name) or {next(iter(architecture.x.shapes)): name}
         return ",".join(f"{k}={v}" for k, v in {**parts, PROXY: "none"}.items())
+
+    @torch.no_grad()
+    def stretch(self, x: dict[str, Tensor]) -> Tensor | None:
+        """log f (B, P) of x: how much wider than `frame.widths` the kernel is there; None where it is the same for all x."""
+        if self.ends is None:
+            return None
+        wide = self.initial.spread(self.context(x))
+        low, high = wide.new_tensor(self.ends)
+        return torch.minimum(torch.maximum((wide / wide.new_tensor(self.spread)).log(), low), high).float()
 
     def nat(self) -> float:
         return self.main.nat()
@@ -144,8 +171,9 @@ class Equivariant(Estimator):
 
     def seen_from(self, theta: Tensor, x: dict[str, Tensor], generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """u and x' of rows, each from a proxy of its own."""
-        proxy = self.frame.blur(self.frame.pose(theta), generator)
-        return self.frame.to_relative(theta, proxy)[0], self.frame.standardise(x, proxy)
+        pose, stretch = self.frame.pose(theta), self.stretch(x)
+        proxy = self.frame.action.blur(pose, self.frame.kernel_widths(pose, stretch), generator)
+        return self.frame.to_relative(theta, proxy)[0], self.frame.standardise(x, proxy, stretch)
 
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """x as it is: it is standardised anew in every step."""

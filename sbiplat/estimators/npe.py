@@ -16,6 +16,7 @@ from torch import Tensor
 from sbiplat.estimators.base import LEARNING_RATES, Architecture
 from sbiplat.estimators.conditioned import Conditioned, ConditionedSettings
 from sbiplat.nets import flows
+from sbiplat.nets.noise import Randomness
 from sbiplat.settings import Interval, setting
 
 
@@ -53,7 +54,7 @@ class NPE(Conditioned):
         """log q(theta | context) over unconstrained theta (..., D), context (..., C): (...)."""
         return self.density.log_prob(self.whiten(theta, context), context) + self.log_det
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
         """n unconstrained draws for each of B contexts (B, C): (B, n, D)."""
         return self.unwhiten(self.density.sample(context, n, generator), context[:, None])
 

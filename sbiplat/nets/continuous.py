@@ -29,6 +29,7 @@ from torch.nn.functional import linear
 from zuko.utils import dopri45
 
 from sbiplat.nets.flows import ConditionalDensity, standard_normal_log_prob
+from sbiplat.nets.noise import Randomness, normal
 
 FREQUENCIES = 3
 PROBES = 16  # of Hutchinson's estimate, where nothing is trained
@@ -145,8 +146,8 @@ class ContinuousFlow(ConditionalDensity):
         log_q = standard_normal_log_prob(noise) - total
         return (log_q if errors is None else log_q - CHARGE * errors).reshape(lead)
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(context), n, self.dim, generator=generator, device=context.device)
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
+        noise = normal((len(context), n, self.dim), generator, context.device)
         given = self.velocity.from_context(context)[:, None]
 
         def rates(z: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

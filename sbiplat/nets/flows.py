@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sbiplat.errors import SettingError
 from sbiplat.nets.embeddings import ACTIVATIONS
 from sbiplat.nets.made import MaskedInverse
+from sbiplat.nets.noise import Randomness, categories, normal
 from sbiplat.nets.spline import Spline, shapes
 
 _LOG_SQRT_2PI = 0.5 * math.log(2 * math.pi)
@@ -35,7 +36,7 @@ class ConditionalDensity(nn.Module):
         """log q(z | c), (...)."""
         raise NotImplementedError
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
         """n draws for each of B contexts (B, C): (B, n, D)."""
         raise NotImplementedError
 
@@ -91,7 +92,7 @@ class Whitened(ConditionalDensity):
         w, log_det = self.head.whiten(z, context)
         return self.inner.log_prob(w, context) + log_det
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
         mu, A, _ = self.head(context)
         w = self.inner.sample(context, n, generator)
         z = torch.linalg.solve_triangular(A, w.mT, upper=False).mT
@@ -108,8 +109,8 @@ class StandardNormal(ConditionalDensity):
     def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
         return standard_normal_log_prob(z)
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(len(context), n, self.dim, generator=generator, device=context.device)
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
+        return normal((len(context), n, self.dim), generator, context.device)
 
 
 class ZukoFlow(ConditionalDensity):
@@ -122,8 +123,8 @@ class ZukoFlow(ConditionalDensity):
     def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
         return self.flow(context).log_prob(z)
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        z = torch.randn(self.dim, len(context), n, generator=generator, device=context.device)
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
+        z = normal((self.dim, len(context), n), generator, context.device, contexts=1, draws=2)
         if self.dim == 1:
             return self.flow(context[:, None].expand(-1, n, -1)).transform.inv(z.movedim(0, -1))
         for transform in reversed(self.flow.transform.transforms):
@@ -144,8 +145,8 @@ class NflowsFlow(ConditionalDensity):
         noise, log_det = self.transform(z.reshape(-1, self.dim), context=rows)
         return (standard_normal_log_prob(noise) + log_det).reshape(lead)
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(len(context) * n, self.dim, generator=generator, device=context.device)
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
+        noise = normal((len(context), n, self.dim), generator, context.device).reshape(-1, self.dim)
         rows = context.repeat_interleave(n, dim=0)
         return self.transform.inverse(noise, context=rows)[0].reshape(len(context), n, self.dim)
 
@@ -160,12 +161,12 @@ class GaussianMixture(ConditionalDensity):
     def log_prob(self, z: Tensor, context: Tensor) -> Tensor:
         return self.mixture(context).log_prob(z)
 
-    def sample(self, context: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    def sample(self, context: Tensor, n: int, generator: Randomness) -> Tensor:
         law = self.mixture(context)
-        which = torch.multinomial(law.logits.softmax(-1), n, replacement=True, generator=generator)
+        which = categories(law.logits.softmax(-1), n, generator)
         rows = torch.arange(len(context), device=context.device)[:, None]
         loc, scale = law.base.loc[rows, which], law.base.scale_tril[rows, which]
-        noise = torch.randn(loc.shape, generator=generator, device=context.device)
+        noise = normal((len(context), n, loc.shape[-1]), generator, context.device)
         return loc + (scale @ noise.unsqueeze(-1)).squeeze(-1)
 
 

@@ -23,7 +23,7 @@ number of tries until one is inside has the mean 1 / A, and stands for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,12 +39,11 @@ from sbiplat.posteriors.chains import MOST_UNCONVERGED, ChainError
 from sbiplat.posteriors.passes import ROWS_PER_PASS, Contexts, stream
 from sbiplat.posteriors.steps import Chain, Columns, Derived, Factor, Gibbs, Recovery, State
 from sbiplat.symmetry.action import GroupAction
-from sbiplat.symmetry.frame import centred
+from sbiplat.symmetry.frame import centred, clipped
 
 LEAST_CHAINS = 128  # an observation: convergence is measured over them
 NEAR = 0.05  # standard deviations
 ERRORS = 3.0  # standard errors
-FAR = 4.0  # standard deviations
 CENTRES = 512  # of the mixture of kernels
 PROXIES = 8  # for the marginal density of a theta
 TRIES = 64  # for a draw within the prior's support, in the last of rounds of 1, 2, 4, ...
@@ -77,8 +76,9 @@ class GNPESampler(Contexts):
 
         def blur(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
             pose = columns["pose"].flatten(0, 1)
-            proxy = frame.blur(pose, generator)
-            return {"proxy": proxy.unflatten(0, (-1, n))}, frame.log_kernel(proxy, pose).unflatten(0, (-1, n))
+            widths = self.widths(x, n)
+            proxy = frame.action.blur(pose, widths, generator)
+            return {"proxy": proxy.unflatten(0, (-1, n))}, frame.action.log_kernel(proxy, pose, widths).unflatten(0, (-1, n))
 
         def conditional(x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, None]:
             z, tries, beyond = self.conditional(x, columns["proxy"], generator)
@@ -89,13 +89,21 @@ class GNPESampler(Contexts):
             return {"pose": frame.pose(z.flatten(0, 1)).unflatten(0, z.shape[:2])}
 
         action = frame.action
-        about = {"kernel": "normal in tangent coordinates", "widths": dict(zip(action.coordinates, frame.widths, strict=True))}
+        about = {"kernel": "normal in tangent coordinates", "widths": dict(zip(action.coordinates, frame.widths, strict=True)),
+                 "adaptive": frame.adaptive}
         steps = (Factor("kernel", ("proxy",), blur, needs=("pose",), about=about),
                  Factor("main net", ("z", "tries", "beyond"), conditional, needs=("proxy",), density=False,
                         about={"relative": list(action.moved),
                                "told": [c for c, told in zip(action.coordinates, frame.told, strict=True) if told]}),
                  Derived("pose", ("z",), ("pose",), pose))
-        return Gibbs("gibbs", ("pose",), steps, Convergence(action, frame.widths, most_steps))
+        return Gibbs("gibbs", ("pose",), steps, Convergence(action, self.widths, most_steps))
+
+    @torch.no_grad()
+    def widths(self, x: dict[str, Tensor], n: int = 1) -> Tensor:
+        """The kernel's widths (b n, P), of n rows for each x (b, ...)."""
+        like = next(iter(x.values()))
+        each = self.frame.kernel_widths(like, self.estimator.stretch(x))
+        return each.expand(len(like), -1).repeat_interleave(n, 0)
 
     # ------------------------------------------------------------------------------------------------------ draws
 
@@ -169,7 +177,7 @@ class GNPESampler(Contexts):
         """The main net's contexts of rows in passes: of x[owner] seen from proxies (R, S)."""
         main = self.estimator.main
         row = sum(v[0].numel() * v.element_size() for v in x.values())
-        size, look = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row))), self.frame.standardiser(x)
+        size, look = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row))), self.frame.standardiser(x, self.estimator.stretch(x))
         for a in range(0, len(proxy), size):
             rows = slice(a, a + size)
             seen = look(proxy[rows], owner[rows])
@@ -195,7 +203,7 @@ class GNPESampler(Contexts):
         """Always the same for one x in its place; most_steps: to break the chains off sooner."""
         chain = self.chain if most_steps is None else Chain([self._initial(), self._gibbs(most_steps)])
         state = chain.sample(x, count, RECOVERY_SEED, device=str(self.device))
-        return Centres(state.columns["pose"], (state.columns["tries"] > 1).flatten(1).any(1), _figures(state))
+        return Centres(state.columns["pose"], self.widths(x), (state.columns["tries"] > 1).flatten(1).any(1), _figures(state))
 
     def marginal(self, z: Tensor, x: dict[str, Tensor], centres: Centres, proxies: int) -> Tensor:
         """log q(z | x) of z (b, n, D): float64 (b, n), by so many proxies a theta; differentiable in x, with the centres and the mass
@@ -204,10 +212,12 @@ class GNPESampler(Contexts):
         generator = torch.Generator(self.device).manual_seed(stream(RECOVERY_SEED))
         each = z.flatten(0, 1).repeat_interleave(proxies, 0)
         pose = self.frame.pose(each)
-        proxy = self.frame.blur(pose, generator)
+        widths = centres.widths.repeat_interleave(n * proxies, 0)
+        proxy = self.frame.action.blur(pose, widths, generator)
         apart = proxy.unflatten(0, (batch, -1))
         conditional = self._log_conditional(each, x, apart)
-        ratios = conditional + self.log_proxy(apart, centres.poses).flatten() - self.frame.log_kernel(proxy, pose)
+        ratios = conditional + self.log_proxy(apart, centres.poses, centres.widths).flatten()
+        ratios = ratios - self.frame.action.log_kernel(proxy, pose, widths)
         ratios = ratios.view(batch, n * proxies) + self._log_tries(x, apart, centres.edged, generator)
         return torch.logsumexp(ratios.view(batch, n, proxies), -1) - math.log(proxies)
 
@@ -228,13 +238,13 @@ class GNPESampler(Contexts):
         found = [self.inner.densities(u[rows], contexts).double() for rows, contexts in self._contexts_of(x, self._owner(proxy), flat)]
         return torch.cat(found) + log_det
 
-    def log_proxy(self, proxy: Tensor, centres: Tensor) -> Tensor:
-        """The mixture's log-density (b, m) of proxies (b, m, S), for centres (b, N, S)."""
+    def log_proxy(self, proxy: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
+        """The mixture's log-density (b, m) of proxies (b, m, S), for centres (b, N, S) and the kernels' widths (b, P)."""
         n, size, out = centres.shape[1], max(1, PAIRS_AT_ONCE // centres.shape[1]), []
-        for some, own in zip(proxy, centres, strict=True):
+        for some, own, width in zip(proxy, centres, widths, strict=True):
             for part in some.split(size):
                 pairs = part[:, None].expand(-1, n, -1).flatten(0, 1), own[None].expand(len(part), -1, -1).flatten(0, 1)
-                out.append(torch.logsumexp(self.frame.log_kernel(*pairs).view(len(part), n), 1) - math.log(n))
+                out.append(torch.logsumexp(self.frame.action.log_kernel(*pairs, width).view(len(part), n), 1) - math.log(n))
         return torch.cat(out).view(proxy.shape[:2])
 
     @cached_property
@@ -262,18 +272,19 @@ class GNPESampler(Contexts):
     def sample_and_log_prob(self, x: Fields, n: int, seed: int) -> tuple[NDArray[np.float32], Array, Array]:
         """Draws by one step from the proxies' density: z (B, n, D), log q(z, proxy | x) (B, n), and log K(proxy | p(z)) (B, n), which
         belongs into the target of importance weights; it is -inf of draws outside the prior's support. Raises ChainError."""
-        states = [self.recovered.sample(part, n, _own(seed, k), device=str(self.device))
-                  for k, part in enumerate(self._parts(x, max(n, CENTRES)))]
+        parts = list(self._parts(x, max(n, CENTRES)))
+        states = [self.recovered.sample(part, n, _own(seed, k), device=str(self.device)) for k, part in enumerate(parts)]
         self._keep(states)
         out = []
-        for state in states:
+        for part, state in zip(parts, states, strict=True):
             z, proxy = (state.columns[name].flatten(0, 1) for name in ("z", "proxy"))
             outside = z.isnan().any(-1)
             z = torch.where(outside[:, None], 0.0, z)
-            log_kernel = torch.where(outside, -torch.inf, self.frame.log_kernel(proxy, self.frame.pose(z)))
             shape = state.log_weight.shape
+            log_kernel = self.frame.action.log_kernel(proxy, self.frame.pose(z), self.widths(part, shape[1]))
+            log_kernel = torch.where(outside, -torch.inf, log_kernel)
             out.append([v.unflatten(0, shape).cpu().numpy() for v in (z, log_kernel)] + [state.log_q.cpu().numpy()])
-        z, log_kernel, log_q = (np.concatenate(part) for part in zip(*out, strict=True))
+        z, log_kernel, log_q = (np.concatenate(each) for each in zip(*out, strict=True))
         return z, log_q, log_kernel
 
     def describe(self) -> list[dict[str, Any]]:
@@ -283,10 +294,11 @@ class GNPESampler(Contexts):
 
 @dataclass(frozen=True)
 class Centres:
-    """poses: (b, N, S), whose kernels are the density of proxies. edged: (b,), whether any chain met an edge of the support. figures: of
-    the chains."""
+    """poses: (b, N, S), whose kernels of widths (b, P) are the density of proxies. edged: (b,), whether any chain met an edge of the
+    support. figures: of the chains."""
 
     poses: Tensor
+    widths: Tensor
     edged: Tensor
     figures: Mapping[str, Any]
 
@@ -299,11 +311,11 @@ class _Mixture:
 
     def draw(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
         """Proxies, with their log-density."""
-        poses = self.poses
+        poses, widths, own = self.poses, self.sampler.widths(x), self.sampler.frame.action
         which = torch.randint(poses.shape[1], (len(poses), n, 1), generator=generator, device=poses.device)
-        proxy = self.sampler.frame.blur(poses.gather(1, which.expand(-1, -1, poses.shape[-1])).flatten(0, 1), generator)
-        proxy = proxy.unflatten(0, (-1, n))
-        return {"proxy": proxy}, self.sampler.log_proxy(proxy, poses)
+        chosen = poses.gather(1, which.expand(-1, -1, poses.shape[-1])).flatten(0, 1)
+        proxy = own.blur(chosen, widths.repeat_interleave(n, 0), generator).unflatten(0, (-1, n))
+        return {"proxy": proxy}, self.sampler.log_proxy(proxy, poses, widths)
 
 
 @dataclass(frozen=True)
@@ -311,11 +323,11 @@ class Convergence:
     """The rule of the module's docstring, for the column `pose`."""
 
     action: GroupAction
-    widths: tuple[float, ...]
+    widths: Callable[[Any], Tensor]  # (b, P) of x
     most_steps: int
 
     def watch(self, x: Any, columns: Columns) -> _Watch:
-        return _Watch(self, columns["pose"])
+        return _Watch(self, columns["pose"], self.widths(x))
 
     def describe(self) -> dict[str, Any]:
         return {"stops": "converged in mean and spread of the pose", "within": NEAR, "most_steps": self.most_steps}
@@ -326,9 +338,9 @@ class _Watch:
     observations whose chains still run. figures: of each observation the largest lag-1 correlation over coordinates, that which theory
     gives for the spread there, the steps taken, and whether the chains have not converged."""
 
-    def __init__(self, rule: Convergence, pose: Tensor) -> None:
-        self.rule, (self.centre, v) = rule, centred(rule.action, pose)
-        v = _clipped(v)
+    def __init__(self, rule: Convergence, pose: Tensor, widths: Tensor) -> None:
+        self.rule, self.widths, (self.centre, v) = rule, widths, centred(rule.action, pose)
+        v = clipped(v)
         self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
         self.last, self.alive = v, np.arange(len(pose))
         nothing = np.zeros(len(pose))
@@ -347,7 +359,7 @@ class _Watch:
         """Take in poses (b, C, S): which observations have converged, or have used up the steps, (b,)."""
         pose = columns["pose"]
         centre = self.centre[:, None].expand(*pose.shape[:2], -1)
-        v = _clipped(self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2]))
+        v = clipped(self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2]))
         mean, sd = v.mean(1), self._sd(v)
         self.rhos.append(((v - mean[:, None]) * (self.last - self.means[-1][:, None])).mean(1) / (sd * self.sds[-1]))
         self.means.append(mean)
@@ -357,14 +369,14 @@ class _Watch:
         ended = converged | (self.steps >= self.rule.most_steps)
         if ended.any():
             self._note(ended, converged)
-            self.centre, self.last = self.centre[~ended], self.last[~ended]
+            self.centre, self.last, self.widths = self.centre[~ended], self.last[~ended], self.widths[~ended]
             self.means, self.sds, self.rhos = ([each[~ended] for each in rows] for rows in (self.means, self.sds, self.rhos))
         return ended
 
     def _note(self, ended: Tensor, converged: Tensor) -> None:
         """Keep the figures of observations that have ended."""
         variance = self.sds[-1].square()
-        theory = variance / (variance + variance.new_tensor(self.rule.widths).square())
+        theory = variance / (variance + self.widths.square())
         which = ended.cpu().numpy()
         rows, self.alive = self.alive[which], self.alive[~which]
         for name, values in (("rho", self._rho().amax(-1)), ("theory", theory.amax(-1)), ("unconverged", ~converged)):
@@ -395,13 +407,6 @@ def _figures(state: State) -> dict[str, Any]:
         return dict(figures)
     beyond = (state.columns["beyond"].double().flatten(1).mean(1) > MOST_BEYOND).cpu().numpy()
     return {**figures, "unconverged": figures["unconverged"] | beyond}
-
-
-def _clipped(v: Tensor) -> Tensor:
-    """Coordinates (b, C, P) held within `FAR` robust standard deviations of the median."""
-    low, middle, high = torch.quantile(v, v.new_tensor([0.25, 0.5, 0.75]), dim=1, keepdim=True)
-    reach = FAR * (high - low) / 1.349
-    return torch.minimum(torch.maximum(v, middle - reach), middle + reach)
 
 
 def _own(seed: int, part: int) -> int:

@@ -532,7 +532,8 @@ def in_words(description: Sequence[Mapping[str, Any]]) -> str:
 def _words(step: Mapping[str, Any]) -> str:
     rule = step.get("rule") or {}
     about = [*([step["step"]] if step["step"] not in ("factor", step["name"]) else []), *([str(step["fit"])] if "fit" in step else []),
-             *(["of widths " + ", ".join(f"{k} {v:.3g}" for k, v in step["widths"].items())] if step.get("widths") else []),
+             *(["of widths " + ", ".join(f"{k} {v:.3g}" for k, v in step["widths"].items())
+               + (" times the initial net's spread beside its median" if step.get("adaptive") else "")] if step.get("widths") else []),
              *([f"until {rule['stops']}, {rule['most_steps']} steps at most"] if {"stops", "most_steps"} <= set(rule) else [])]
     inner = f" [{in_words(step['steps'])}]" if step.get("steps") else ""
     return (step["name"] + (f" ({'; '.join(about)})" if about else "") + inner

@@ -418,8 +418,9 @@ def _symmetry(run: Run) -> list[tuple[str, Any]]:
     except UserError:  # a user's own action, which is not at hand
         names_of = tuple(f"coordinate {k + 1}" for k in range(len(about["widths"])))
     each = zip(names_of, about["widths"], about["spread"], about["told"], strict=True)
-    return [*((f"kernel of {name}", f"width {number(w)}, for an initial net's spread of {number(s)}; the net is {'' if told else 'not '}"
-               "told the proxy") for name, w, s, told in each),
+    wider = ", times that spread at x beside its median" if about["stretch"] else ""
+    return [*((f"kernel of {name}", f"width {number(w)}{wider}, for an initial net's spread of {number(s)}; the net is "
+               f"{'' if told else 'not '}told the proxy") for name, w, s, told in each),
             ("change of the log prior over the spread", about["slope"]),
             ("share of such moves beyond the prior's edges", about["leaving"]), ("Gibbs steps at most", about["gibbs_steps"])]
 

@@ -4,7 +4,8 @@ r"""The frame of a proxy: theta and x as they are seen from :math:`\hat g`,
           \qquad q(z | x, \hat g) = q(u | x', \hat g) \, |\det du / dz| ,
 
 with z the prior's normal coordinates. Where the action is exact and the prior is flat over the posterior, q(u | x', g) does not depend on
-the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy` of x'.
+the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy` of x'. A kernel may be f(x) times as wide at x. Then
+q(u | x', g) depends on the proxy through f alone, since :math:`K_f` does, and the net is told log f: that is exact for any function f.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Frame:
-    """widths: kappa of each tangent coordinate, in its own unit. told: of each coordinate, whether the net is told the proxy's."""
+    """widths: kappa of each tangent coordinate, in its own unit. told: of each coordinate, whether the net is told the proxy's. adaptive:
+    whether kernels are wider or narrower at each x, which the net is told then."""
 
     action: GroupAction
     prior: Prior
     widths: tuple[float, ...]
     told: tuple[bool, ...]
+    adaptive: bool = False
 
     def __post_init__(self) -> None:
         check_names(self.action, self.prior)
@@ -72,17 +75,10 @@ class Frame:
         """p(theta) of z (B, D): (B, S)."""
         return self.action.pose_of(self.parameters(z))
 
-    def kernel_widths(self, like: Tensor) -> Tensor:
-        """kappa, (P,), as a tensor."""
-        return torch.tensor(self.widths, dtype=torch.float64, device=like.device)
-
-    def blur(self, pose: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Proxies of poses (B, S)."""
-        return self.action.blur(pose, self.kernel_widths(pose), generator)
-
-    def log_kernel(self, proxy: Tensor, pose: Tensor) -> Tensor:
-        """log K(proxy | pose), (B,)."""
-        return self.action.log_kernel(proxy, pose, self.kernel_widths(pose))
+    def kernel_widths(self, like: Tensor, stretch: Tensor | None = None) -> Tensor:
+        """kappa, (P,), as a tensor; of an adaptive kernel, for the log f (B, P) by which it is wider, (B, P)."""
+        widths = torch.tensor(self.widths, dtype=torch.float64, device=like.device)
+        return widths if stretch is None else widths * stretch.double().exp()
 
     def to_relative(self, z: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
         """u float32 (B, D) of z (B, D) seen from proxies (B, S), and log |det du / dz|, float64 (B,)."""
@@ -134,28 +130,35 @@ class Frame:
 
     # --------------------------------------------------------------------------------------------------------- x
 
-    def standardise(self, x: Fields, proxy: Tensor) -> Fields:
-        """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them."""
-        return self._with_told(self.action.act_data(self.action.inverse(proxy), x), proxy)
+    def standardise(self, x: Fields, proxy: Tensor, stretch: Tensor | None = None) -> Fields:
+        """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them, and log f (B, P) of an adaptive kernel."""
+        return self._with_told(self.action.act_data(self.action.inverse(proxy), x), proxy, stretch)
 
-    def standardiser(self, x: Fields) -> Callable[[Tensor, Tensor], Fields]:
+    def standardiser(self, x: Fields, stretch: Tensor | None = None) -> Callable[[Tensor, Tensor], Fields]:
         """x' as a function of proxies (R, S) and of the rows of x, (R,), that they are of."""
         orbits = self.action.orbits(x)
-        return lambda proxy, owner: self._with_told(orbits(self.action.inverse(proxy), owner), proxy)
+        return lambda proxy, owner: self._with_told(orbits(self.action.inverse(proxy), owner), proxy,
+                                                    None if stretch is None else stretch[owner])
 
-    def _with_told(self, x: Fields, proxy: Tensor) -> Fields:
-        if not any(self.told):
+    @property
+    def numbers_told(self) -> int:
+        """How many numbers the net is told beside x'."""
+        return sum(self.told) + (len(self.told) if self.adaptive else 0)
+
+    def _with_told(self, x: Fields, proxy: Tensor, stretch: Tensor | None) -> Fields:
+        if not self.numbers_told:
             return x
         coordinates = self.action.log(proxy)[:, [k for k, told in enumerate(self.told) if told]]
-        return {**x, PROXY: coordinates.to(next(iter(x.values())).dtype)}
+        dtype = next(iter(x.values())).dtype
+        return {**x, PROXY: torch.cat([coordinates.to(dtype), *([] if stretch is None else [stretch.to(dtype)])], 1)}
 
     def spec(self, x: ObservationSpec) -> ObservationSpec:
         """The form of x'."""
-        if not any(self.told):
+        if not self.numbers_told:
             return x
         if PROXY in x.shapes:
             raise SettingError(f"x has a field {PROXY!r} of its own, and GNPE adds one of that name; call it something else")
-        return ObservationSpec.declare({**x.shapes, PROXY: (sum(self.told),)}, x.dtype, {**x.transform, PROXY: "none"})
+        return ObservationSpec.declare({**x.shapes, PROXY: (self.numbers_told,)}, x.dtype, {**x.transform, PROXY: "none"})
 
     # ------------------------------------------------------------------------------------------- how far it is exact
 
@@ -167,7 +170,8 @@ class Frame:
             return 0.0, 0.0
         theta = self.parameters(z)
         pose = self.action.pose_of(theta)
-        change = self.moved_by(self.action.compose(self.blur(pose, generator), self.action.inverse(pose)), theta)[1]
+        proxy = self.action.blur(pose, self.kernel_widths(pose), generator)
+        change = self.moved_by(self.action.compose(proxy, self.action.inverse(pose)), theta)[1]
         inside = torch.isfinite(change)
         return float(change[inside].square().mean().sqrt()) if inside.any() else float("inf"), float((~inside).double().mean())
 
@@ -182,6 +186,7 @@ class Frame:
         return moved, torch.as_tensor(change, device=theta.device)
 
 
+REACH = 4.0  # standard deviations
 EDGE = 8.0  # of z: within a part in 10^15 of an edge of the support
 
 
@@ -234,3 +239,10 @@ def centred(action: GroupAction, poses: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(2):
         centre = action.compose(centre, action.exp(seen(centre).median(1).values))
     return centre, seen(centre)
+
+
+def clipped(v: Tensor) -> Tensor:
+    """Coordinates (b, C, P) held within `REACH` robust standard deviations of the median."""
+    low, middle, high = torch.quantile(v, v.new_tensor([0.25, 0.5, 0.75]), dim=1, keepdim=True)
+    reach = REACH * (high - low) / 1.349
+    return torch.minimum(torch.maximum(v, middle - reach), middle + reach)

@@ -1,8 +1,10 @@
 r"""The two trainings of GNPE: the initial net into OUT/initial, the kernel's width from its spread, then the main net.
 
 The width of each tangent coordinate is :math:`\kappa = r s`, with s the median standard deviation of the initial net's posterior over
-validation rows. For a Gaussian pose a Gibbs step contracts by :math:`\rho = s^2 / (s^2 + \kappa^2)`, and from five standard
-deviations off to a twentieth it takes :math:`\ln 100 / \ln(1 / \rho)` steps: 7 at r = 1, 21 at 0.5, 119 at 0.2.
+validation rows. Where that deviation differs much from row to row the kernel is adaptive: :math:`\kappa(x) = r s f(x)`, with f what the
+initial net says at x; with one width for all, chains of faint signals would take thousands of steps.
+For a Gaussian pose a Gibbs step contracts by :math:`\rho = s^2 / (s^2 + \kappa^2)`, and from five standard deviations off to a twentieth
+it takes :math:`\ln 100 / \ln(1 / \rho)` steps: 7 at r = 1, 21 at 0.5, 119 at 0.2.
 """
 
 from __future__ import annotations
@@ -27,11 +29,13 @@ from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import split as split_settings
 from sbiplat.symmetry import names
-from sbiplat.symmetry.frame import Frame, centred, widths_of
+from sbiplat.symmetry.frame import Frame, centred, clipped, widths_of
 from sbiplat.symmetry.settings import GNPE
 from sbiplat.training.begin import Plan, TrainSettings, check_symmetry
 
 ROWS, DRAWS = 200, 200  # of which the spread is measured
+UNEVEN, MOST_UNEVEN = 2.0, 0.01  # an adaptive kernel: spreads over so many medians, in more than that share of rows
+WIDEST = 0.5  # of the prior's spread
 MOST_PREDICTED = 200
 FAR, NEAR = 5.0, 0.05  # standard deviations
 MOST_SLOPE = 0.1  # nats; so many standard deviations the draws are off where the proxy is dropped all the same
@@ -44,6 +48,7 @@ CarryOut = Callable[..., Run]
 class Kernel:
     """Of each tangent coordinate its width, the initial net's spread and whether the net is told the proxy; slope (rms of the change of
     the log prior over moves as large as the spread) and leaving (share of these that leave its support) say how far the prior is from flat.
+    stretch: of a kernel that is f(x) times as wide, the least and the greatest log f of each coordinate.
 
     A net that is not told an exact action's proxy learns the conditional under a flat prior, whatever the kernel: relative coordinates do
     not know where they are. Chains then have the posterior under a flat prior as their law, off by about `slope` standard deviations,
@@ -58,6 +63,7 @@ class Kernel:
     slope: float
     leaving: float
     slow: float
+    stretch: tuple[tuple[float, ...], tuple[float, ...]] | None = None
 
 
 def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) -> Plan:
@@ -75,6 +81,8 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
     for name, width, spread in zip(wanted.action.coordinates, kernel.widths, kernel.spread, strict=True):
         progress.say(f"{name}: the initial net's spread is {spread:.3g}, the kernel's width {width:.3g}; from five spreads off a chain "
                      f"takes about {predicted_steps(width / spread):.0f} steps")
+    if kernel.stretch is not None:
+        progress.say("the kernel is adaptive: at each x as much wider or narrower as the initial net's spread there")
     if wanted.symmetry.proxy != "told":
         progress.say(f"over the initial net's spread the log prior changes by {kernel.slope:.3g} (rms), and {kernel.leaving:.2%} of moves "
                      f"as large leave its support: the net is {'told' if any(kernel.told) else 'not told'} the proxy"
@@ -82,8 +90,10 @@ def settled(wanted: Plan, out: Path, progress: Progress, carry_out: CarryOut) ->
                      + (", since the action is approximate" if all(kernel.told) and not wanted.action.exact else ""))
     if kernel.slow > 0:
         progress.say(f"{kernel.slow:.1%} of validation rows tell so little of the pose that their chains would take over "
-                     f"{wanted.symmetry.gibbs_steps} steps, and be refused; if that is too many, take a larger kernel_ratio")
-    about = {**_action(wanted), "role": GNPE, "widths": list(kernel.widths), "told": list(kernel.told), "spread": list(kernel.spread),
+                     f"{wanted.symmetry.gibbs_steps} steps, and be refused; if that is too many, take a larger kernel_ratio"
+                     + ("" if kernel.stretch else ", or kernel_kind = adaptive"))
+    about = {**_action(wanted), "role": GNPE, "widths": list(kernel.widths), "told": list(kernel.told),
+             "stretch": kernel.stretch and [list(end) for end in kernel.stretch], "spread": list(kernel.spread),
              "slope": kernel.slope, "leaving": kernel.leaving, "slow": kernel.slow, "gibbs_steps": wanted.symmetry.gibbs_steps,
              "initial": asdict(initial.architecture.settings), "initial_weights": initial.weights_digest}
     weights = initial.estimator().state_dict()
@@ -126,15 +136,16 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
     action, settings, net = wanted.action, wanted.symmetry, initial.estimator()
     assert action is not None
     assert isinstance(net, PoseNet)
+    generator = torch.Generator().manual_seed(_SEED)
     pairs = pairs_at(wanted.bank, wanted.apart.validation[:ROWS])
     x = {k: torch.as_tensor(np.ascontiguousarray(v)) for k, v in pairs["x"].items()}
     if wanted.observe is not None:
         x = wanted.observe(x, torch.as_tensor(pairs["parameters"]), _SEED)
-    generator = torch.Generator().manual_seed(_SEED)
     with torch.no_grad():
-        drawn = net.net.sample(net.context(net.prepare(x)), DRAWS, generator).double()
+        contexts = net.context(net.prepare(x))
+        drawn = net.net.sample(contexts, DRAWS, generator).double()
     poses = action.exp(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
-    each = centred(action, poses)[1].std(1)
+    each = clipped(centred(action, poses)[1]).std(1)
     spread = each.median(0).values
     given = widths_of(action, settings.kernel_widths or {})
     widths = tuple(given.get(name, settings.kernel_ratio * float(s)) for name, s in zip(action.coordinates, spread, strict=True))
@@ -154,6 +165,14 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
     for factor in action.factors:
         dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and flat))
         told += [not dropped] * len(factor.coordinates)
-    rate = torch.log1p((torch.tensor(widths, dtype=torch.float64) / each.clamp_min(1e-300)).square()).amin(1)
+    own, stretch = torch.tensor(widths, dtype=torch.float64), None
+    uneven = float((each > UNEVEN * spread).any(1).double().mean()) > MOST_UNEVEN
+    if settings.kernel_kind == "adaptive" or (settings.kernel_kind == "auto" and uneven and not given):
+        with torch.no_grad():
+            f = (net.spread(contexts) / spread).log()
+        most = (WIDEST * torch.as_tensor(of_prior) / own).log().clamp_min(0.0)
+        low, high = f.amin(0), torch.minimum(f.amax(0), most)
+        own, stretch = own * torch.minimum(torch.maximum(f, low), high).exp(), (tuple(low.tolist()), tuple(high.tolist()))
+    rate = torch.log1p((own / each.clamp_min(1e-300)).square()).amin(1)
     slow = float((math.log(FAR / NEAR) > settings.gibbs_steps * rate).double().mean())
-    return Kernel(widths, tuple(spread.tolist()), tuple(told), slope, leaving, slow)
+    return Kernel(widths, tuple(spread.tolist()), tuple(told), slope, leaving, slow, stretch)

@@ -7,6 +7,7 @@ import torch
 from sbiplat.errors import SettingError
 from sbiplat.nets import flows
 from sbiplat.nets.made import MaskedInverse
+from sbiplat.nets.noise import Common
 from sbiplat.nets.standardise import Standardise, robust_scale, soft_clip
 from sbiplat.observation import ObservationSpec
 
@@ -63,6 +64,21 @@ def test_sampling_is_seeded_and_leaves_the_global_generator_alone(name):
         a, b = (density.sample(context, 5, torch.Generator().manual_seed(s)) for s in (7, 7))
     assert torch.equal(a, b)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dim", [1, 3])
+@pytest.mark.parametrize("name", list(flows.FLOWS))
+def test_draws_by_common_numbers_are_a_function_of_the_context(name, dim):
+    """Whatever its neighbours are; and of about the mean and the spread that many draws have."""
+    density, contexts = made(name, dim), torch.tensor([[0.0, 0.0, 0.0], [3.0, -3.0, 3.0], [0.3, -1.0, 0.5]])
+    with torch.no_grad():
+        all_of_them = density.sample(contexts, 32, Common(5))
+        alone = density.sample(contexts[1:2], 32, Common(5))
+        many = density.sample(contexts, 20_000, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(all_of_them[1:2], alone, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(all_of_them, density.sample(contexts, 32, Common(6)))
+    assert torch.all((all_of_them.std(1) / many.std(1)).log().abs() < 0.4)
+    assert torch.all((all_of_them.mean(1) - many.mean(1)).abs() < 0.4 * many.std(1))
 
 
 def test_standardisation_survives_heavy_tails_constants_and_one_wild_row():

@@ -63,10 +63,11 @@ class Gaussian:
         return (-0.5 * ((u.double() - mean) / sd).square() - sd.log() - 0.5 * LOG_2PI).sum(-1)
 
 
-def sampler_of(frame, initial, main, most_steps=400):
+def sampler_of(frame, initial, main, most_steps=400, stretch=None):
     """The sampler of an estimator with these laws of the pose and of u given x'."""
     law = Gaussian(main)
-    net = SimpleNamespace(frame=frame, most_steps=most_steps, initial=SimpleNamespace(net=Gaussian(initial), prepare=lambda x: x), main=law)
+    net = SimpleNamespace(frame=frame, most_steps=most_steps, initial=SimpleNamespace(net=Gaussian(initial), prepare=lambda x: x), main=law,
+                          stretch=stretch or (lambda x: None))
     net.eval = lambda: net
     return GNPESampler(net, law)
 
@@ -145,7 +146,7 @@ def test_the_lag_one_autocorrelation_is_that_of_theory():
     x = {k: torch.as_tensor(v) for k, v in X.items()}
     chains = 20_000
     theta = M + S * torch.randn(1, chains, 1, generator=rng, dtype=torch.float64)
-    z, _, _ = sampler.conditional(x, sampler.frame.blur(theta[0], rng)[None], rng)
+    z, _, _ = sampler.conditional(x, sampler.frame.action.blur(theta[0], sampler.widths(x), rng)[None], rng)
     rho = location.autocorrelation(0.5 * S)
     assert np.arctanh(np.corrcoef(theta[0, :, 0], theta_of(z)[0])[0, 1]) == pytest.approx(math.atanh(rho), abs=4 / math.sqrt(chains))
 
@@ -281,6 +282,64 @@ def test_weights_with_the_proxys_law_give_the_evidence(ratio):
     log_target = location.log_likelihood(theta[:, None], X["x"][0]) + stats.norm.logpdf(z[0, :, 0].astype(float))
     assert special.logsumexp(log_target + log_kernel[0] - log_q[0]) - math.log(4000) == pytest.approx(found.log_evidence, abs=1e-5)
     assert abs(special.logsumexp(log_target - log_q[0]) - math.log(4000) - evidence) > 0.2, "power: without the proxy's law"
+
+
+# ------------------------------------------------------------------------------------------------ adaptive kernels
+
+
+FLAT = sp.Prior({"mu": sp.Uniform(-500, 500)})
+FAINT = {"x": np.array([[1.0, 1.2], [-40.0, -20.0], [7.0, 7.02]])}  # m - s and m + s: posteriors N(m, s^2) under a flat prior
+
+
+def of_pair(told=lambda log_f: log_f, ratio=0.5):
+    """The exact conditional where the kernel is `ratio` s(x) wide and the net is told log f = log s(x); told: what it makes of that."""
+    def moments(x):
+        return x["x"].mean(-1, keepdim=True), (x["x"][:, 1:] - x["x"][:, :1]).abs() / 2
+
+    def main(x):
+        mean, s = moments(x)
+        share = 1 / (1 + (s / (ratio * told(x[PROXY]).exp())).square())  # kappa^2 / (s^2 + kappa^2)
+        return share * mean, share.sqrt() * s
+
+    def initial(x):
+        mean, s = moments(x)
+        return mean + 5 * s, 3 * s
+
+    frame = Frame(Translation(("mu",)), FLAT, (ratio,), (False,), adaptive=True)
+    return sampler_of(frame, initial, main, stretch=lambda x: moments(x)[1].log())
+
+
+def test_an_adaptive_kernel_is_exact_and_takes_as_many_steps_whatever_the_spread():
+    sampler, steps = of_pair(), []
+    m, s = FAINT["x"].mean(1), np.ptp(FAINT["x"], axis=1) / 2
+    theta = theta_of(sampler.sample(FAINT, 4000, 0), FLAT)
+    for k in range(3):
+        assert stats.kstest(theta[k], stats.norm(m[k], s[k]).cdf).pvalue > 1e-3
+        sampler.sample({"x": FAINT["x"][k:k + 1]}, 4000, 0)
+        steps.append(sampler.diagnostics["gibbs_steps"])
+        assert sampler.diagnostics["gibbs_rho"] == pytest.approx(0.8, abs=0.03)
+        assert sampler.diagnostics["gibbs_rho_theory"] == pytest.approx(0.8, abs=0.03)
+    assert max(steps) - min(steps) <= 2
+    grid = m[:, None] + np.linspace(-2, 2, 25) * s[:, None]
+    found = Posterior(FLAT, PAIR, sampler).density(grid[..., None], FAINT)
+    np.testing.assert_allclose(found, stats.norm(m[:, None], s[:, None]).logpdf(grid), atol=0.2)
+
+
+def test_the_joint_density_of_an_adaptive_kernel_is_that_of_its_draws():
+    """Weights of p(theta | x) K(proxy | theta) / q(theta, proxy) are 1."""
+    z, log_q, log_kernel = of_pair().sample_and_log_prob(FAINT, 2000, 0)
+    theta, m, s = theta_of(z, FLAT), FAINT["x"].mean(1), np.ptp(FAINT["x"], axis=1) / 2
+    target = stats.norm(m[:, None], s[:, None]).logpdf(theta) + math.log(1000) + stats.norm.logpdf(z[..., 0].astype(float))
+    weight = np.exp(target + log_kernel - log_q)
+    np.testing.assert_allclose(weight.mean(1), 1.0, atol=0.05)
+    assert (weight.mean(1) ** 2 / (weight**2).mean(1) > 0.95).all()
+
+
+def test_power_a_net_that_is_told_another_width_has_another_law():
+    sampler = of_pair(told=lambda log_f: log_f - math.log(2))
+    m, s = FAINT["x"].mean(1), np.ptp(FAINT["x"], axis=1) / 2
+    theta = theta_of(sampler.sample(FAINT, 4000, 0), FLAT)
+    assert all(stats.kstest(theta[k], stats.norm(m[k], s[k]).cdf).pvalue < 1e-4 for k in range(3))
 
 
 # ------------------------------------------------------------------------------------------- the prior's edges and slope
@@ -641,7 +700,7 @@ def test_a_few_chains_in_a_far_mode_do_not_hide_that_the_others_have_converged()
     generator, rho = torch.Generator().manual_seed(3), 0.6
     far = 100.0 * (torch.arange(2000) % 100 == 0)[None, :, None]
     near = torch.randn(1, 2000, 1, generator=generator, dtype=torch.float64)
-    watch = gnpe.Convergence(Translation(("mu",)), (1.0,), 100).watch(None, {"pose": near + far})
+    watch = gnpe.Convergence(Translation(("mu",)), lambda x: torch.ones(1, 1, dtype=torch.float64), 100).watch(None, {"pose": near + far})
     for _ in range(30):
         before = near
         near = rho * near + math.sqrt(1 - rho**2) * torch.randn(near.shape, generator=generator, dtype=torch.float64)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sbiplat as sp
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError, SymmetryError
+from sbiplat.posteriors.chains import ChainError
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import Progress, silent
 from sbiplat.symmetry import Product, Translation
@@ -339,7 +340,7 @@ def test_another_initial_net_in_a_begun_run_is_refused(bank, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("place", "value", "message"), [
-    (("widths",), [-1.0], "kernel widths above 0"), (("told",), [None], "expected true or false"), (("role",), "x", "the role 'x'"),
+    (("widths",), [-1.0], "kernel widths above 0"), (("told",), [None], "expected true or false"), (("stretch",), [[1.0]], "two ends of stretch"), (("role",), "x", "the role 'x'"),
     (("gibbs_steps",), 10**9, "gibbs_steps"), (("action", "field"), "y", "cannot act on this x"), (("initial",), [], "cannot act on this x"),
 ])
 def test_a_damaged_symmetry_in_run_json_is_one_line(run, tmp_path, place, value, message):
@@ -354,7 +355,7 @@ def test_a_damaged_symmetry_in_run_json_is_one_line(run, tmp_path, place, value,
         from_run(sp.Run.open(tmp_path / "run"))
 
 
-def test_training_says_what_share_of_rows_tells_little_of_the_pose(tmp_path):
+def test_a_kernel_that_follows_the_spread_serves_rows_that_tell_little_of_the_pose(tmp_path):
     """One row in four has hardly any signal: its pose is the prior's, a hundred kernels wide."""
     @sp.simulator(prior=sp.Prior({"mu": sp.Uniform(-50, 50), "loud": sp.Uniform(0, 1)}), x_shape=(2,), batched=True, name="faint",
                   symmetry=Translation(("mu",), exact=False))
@@ -367,7 +368,22 @@ def test_training_says_what_share_of_rows_tells_little_of_the_pose(tmp_path):
         def say(self, line):
             said.append(line)
 
-    run = train(simulated(faint, tmp_path, 2000), tmp_path / "run", simulator=faint, progress=Kept(), flow="nsf",
-                max_epochs=15)
-    assert 0.1 < run.architecture.symmetry["slow"] < 0.5
-    assert any("tell so little of the pose" in line for line in said)
+    bank = simulated(faint, tmp_path, 2000)
+    fixed = train(bank, tmp_path / "fixed", simulator=faint, progress=Kept(), flow="nsf", max_epochs=15, kernel_kind="fixed")
+    assert 0.1 < fixed.architecture.symmetry["slow"] < 0.5
+    assert any("tell so little of the pose" in line and "kernel_kind = adaptive" in line for line in said)
+    said.clear()
+    shutil.copytree(tmp_path / "fixed" / "initial", tmp_path / "adaptive" / "initial")
+    adaptive = train(bank, tmp_path / "adaptive", simulator=faint, progress=Kept(), flow="nsf", max_epochs=15)
+    assert adaptive.architecture.symmetry["slow"] == 0
+    assert any("the kernel is adaptive" in line for line in said)
+    x = np.array([[0.0, 400.0], [3.0, 3.1], [-300.0, 50.0], [20.0, 19.9]], np.float32)
+    estimator, fields = adaptive.estimator(), {"x": torch.as_tensor(x)}
+    log_f = estimator.stretch(fields)
+    assert (log_f[[0, 2]] > log_f[[1, 3]] + 2).all(), "wider by far where x tells little"
+    torch.testing.assert_close(estimator.stretch({"x": fields["x"][2:3]}), log_f[2:3], rtol=1e-4, atol=1e-4)
+    posterior = from_run(adaptive)
+    posterior.sample(x, 500, seed=0)
+    assert posterior.sampler.diagnostics["gibbs_steps"] < 40
+    with pytest.raises(ChainError, match="have not converged"):
+        from_run(fixed).sample(x, 500, seed=0)
