@@ -37,7 +37,7 @@ from sbiplat.diagnostics.whitened import Ball, Data, Whitening
 from sbiplat.errors import UserError
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Posterior
-from sbiplat.posteriors.chains import judging
+from sbiplat.posteriors.convergence import judging
 
 Array = NDArray[np.float64]
 HARMLESS = 0.1  # nats: tau

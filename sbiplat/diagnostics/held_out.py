@@ -29,7 +29,7 @@ from sbiplat.diagnostics.local import MOST_NULLS, TENTHS, LocalByTheta, LocalByX
 from sbiplat.diagnostics.references import Features, References
 from sbiplat.errors import SettingError
 from sbiplat.observation import Fields
-from sbiplat.posteriors.chains import judging
+from sbiplat.posteriors.convergence import judging
 
 Array = NDArray[np.float64]
 CHUNK_NUMBERS = 2**22

@@ -3,11 +3,7 @@ r"""The posterior behind GNPE: parallel Gibbs chains over (theta, proxy), and th
 .. math:: \hat g_0 \sim K(\cdot | p_0), \; p_0 \sim q_{\text{initial}}(p | x); \qquad
           \theta_t \sim q(\theta | x, \hat g_{t-1}), \quad \hat g_t \sim K(\cdot | p(\theta_t)) .
 
-Every draw is the end of a chain of its own. Of the pose, measured over an observation's chains in coordinates from their centre (clipped
-at four robust standard deviations, so that a few chains in a far mode do not hide the others): the lag-1 correlation :math:`\rho`, how far
-the start was off in standard deviations, d, and how far the mean and log sd have moved within the last half-life
-:math:`h = \ln 2 / \ln(1 / \rho)`. The chains have converged when :math:`d \rho^t \le 0.05` and that last motion is no more than 0.05 beside
-its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told.
+Every draw is the end of a chain of its own; chains stop when they have converged (`posteriors.convergence`).
 
 The density is recovered from converged proxies: since a proxy is a blurred pose, theirs is a mixture of kernels,
 
@@ -23,7 +19,7 @@ number of tries until one is inside has the mean 1 / A, and stands for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,15 +31,12 @@ from torch import Tensor
 
 from sbiplat.estimators.equivariant import Equivariant
 from sbiplat.observation import Fields
-from sbiplat.posteriors.chains import MOST_UNCONVERGED, ChainError
+from sbiplat.posteriors.chain import Chain, Gibbs, Recovery
+from sbiplat.posteriors.convergence import MOST_UNCONVERGED, ChainError, Convergence
 from sbiplat.posteriors.passes import ROWS_PER_PASS, Contexts, stream
-from sbiplat.posteriors.steps import Chain, Columns, Derived, Factor, Gibbs, Recovery, State
-from sbiplat.symmetry.action import GroupAction
-from sbiplat.symmetry.frame import centred, clipped
+from sbiplat.posteriors.steps import Columns, Derived, Factor, State
 
 LEAST_CHAINS = 128  # an observation: convergence is measured over them
-NEAR = 0.05  # standard deviations
-ERRORS = 3.0  # standard errors
 CENTRES = 512  # of the mixture of kernels
 PROXIES = 8  # for the marginal density of a theta
 TRIES = 64  # for a draw within the prior's support, in the last of rounds of 1, 2, 4, ...
@@ -66,7 +59,7 @@ class GNPESampler(Contexts):
         self.frame, self.inner = estimator.frame, inner
         self.chain = Chain([self._initial(), self._gibbs(estimator.most_steps)])
         self.diagnostics: dict[str, Any] = {}  # of the last draws
-        self.judged: list[NDArray[np.bool_]] | None = None  # which observations would be refused: see `chains.judging`
+        self.judged: list[NDArray[np.bool_]] | None = None  # which observations would be refused: see `convergence.judging`
 
     def _initial(self) -> Factor:
         return Factor("initial net", ("pose",), lambda x, _, n, generator: ({"pose": self.first(x, n, generator)}, None), density=False)
@@ -316,88 +309,6 @@ class _Mixture:
         chosen = poses.gather(1, which.expand(-1, -1, poses.shape[-1])).flatten(0, 1)
         proxy = own.blur(chosen, widths.repeat_interleave(n, 0), generator).unflatten(0, (-1, n))
         return {"proxy": proxy}, self.sampler.log_proxy(proxy, poses, widths)
-
-
-@dataclass(frozen=True)
-class Convergence:
-    """The rule of the module's docstring, for the column `pose`."""
-
-    action: GroupAction
-    widths: Callable[[Any], Tensor]  # (b, P) of x
-    most_steps: int
-
-    def watch(self, x: Any, columns: Columns) -> _Watch:
-        return _Watch(self, columns["pose"], self.widths(x))
-
-    def describe(self) -> dict[str, Any]:
-        return {"stops": "converged in mean and spread of the pose", "within": NEAR, "most_steps": self.most_steps}
-
-
-class _Watch:
-    """The pose over the steps: (T, b, P) means and standard deviations of coordinates from a fixed centre, and lag-1 correlations, of the
-    observations whose chains still run. figures: of each observation the largest lag-1 correlation over coordinates, that which theory
-    gives for the spread there, the steps taken, and whether the chains have not converged."""
-
-    def __init__(self, rule: Convergence, pose: Tensor, widths: Tensor) -> None:
-        self.rule, self.widths, (self.centre, v) = rule, widths, centred(rule.action, pose)
-        v = clipped(v)
-        self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
-        self.last, self.alive = v, np.arange(len(pose))
-        nothing = np.zeros(len(pose))
-        self.figures: dict[str, Any] = {"rho": nothing, "theory": nothing.copy(), "steps": nothing.astype(int),
-                                        "unconverged": nothing.astype(bool)}
-
-    @staticmethod
-    def _sd(v: Tensor) -> Tensor:
-        return v.std(1).clamp_min(1e-300)
-
-    @property
-    def steps(self) -> int:
-        return len(self.rhos)
-
-    def done(self, columns: Columns) -> Tensor:
-        """Take in poses (b, C, S): which observations have converged, or have used up the steps, (b,)."""
-        pose = columns["pose"]
-        centre = self.centre[:, None].expand(*pose.shape[:2], -1)
-        v = clipped(self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2]))
-        mean, sd = v.mean(1), self._sd(v)
-        self.rhos.append(((v - mean[:, None]) * (self.last - self.means[-1][:, None])).mean(1) / (sd * self.sds[-1]))
-        self.means.append(mean)
-        self.sds.append(sd)
-        self.last = v
-        converged = self._converged()
-        ended = converged | (self.steps >= self.rule.most_steps)
-        if ended.any():
-            self._note(ended, converged)
-            self.centre, self.last, self.widths = self.centre[~ended], self.last[~ended], self.widths[~ended]
-            self.means, self.sds, self.rhos = ([each[~ended] for each in rows] for rows in (self.means, self.sds, self.rhos))
-        return ended
-
-    def _note(self, ended: Tensor, converged: Tensor) -> None:
-        """Keep the figures of observations that have ended."""
-        variance = self.sds[-1].square()
-        theory = variance / (variance + self.widths.square())
-        which = ended.cpu().numpy()
-        rows, self.alive = self.alive[which], self.alive[~which]
-        for name, values in (("rho", self._rho().amax(-1)), ("theory", theory.amax(-1)), ("unconverged", ~converged)):
-            self.figures[name][rows] = values[ended].cpu().numpy()
-        self.figures["steps"][rows] = self.steps
-
-    def _rho(self) -> Tensor:
-        """(b, P): the mean over the later half of the steps; as good as 1 where nothing moves."""
-        return torch.stack(self.rhos[len(self.rhos) // 2:]).mean(0).nan_to_num(1.0, 1.0, 1.0).clamp(0.01, 0.999)
-
-    def _converged(self) -> Tensor:
-        """(b,)."""
-        rho, steps, means, sds = self._rho(), self.steps, torch.stack(self.means), torch.stack(self.sds)
-        half = torch.ceil(math.log(2) / -rho.log()).long().clamp(min=1)
-        error = ERRORS / math.sqrt(self.last.shape[1])
-        ago = (steps - half).clamp(min=0)[None]
-        start = (means[0] - means[-1]).abs() / sds[-1] + (sds[0] / sds[-1]).log().abs() + error
-        near = start * rho**steps <= NEAR
-        drift = (means[-1] - means.gather(0, ago)[0]).abs() / sds[-1] <= NEAR + error
-        width = (sds[-1] / sds.gather(0, ago)[0]).log().abs() <= NEAR + error
-        return (near & drift & width & (steps >= 2 * half)).all(-1)
 
 
 def _figures(state: State) -> dict[str, Any]:

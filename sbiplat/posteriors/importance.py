@@ -40,7 +40,8 @@ from sbiplat.marginals import standard_normal_log_prob
 from sbiplat.observation import Fields
 from sbiplat.posteriors import export
 from sbiplat.posteriors.base import Posterior, fresh_seed
-from sbiplat.posteriors.steps import Chain, Columns, Derived, Factor, Pinned, Reparametrisation, Step, Target, Tilt
+from sbiplat.posteriors.chain import Chain
+from sbiplat.posteriors.steps import Columns, Derived, Factor, Pinned, Reparametrisation, Step, Target, Tilt
 from sbiplat.prior import Prior
 from sbiplat.runs import Run
 from sbiplat.settings import whole_seed

@@ -20,7 +20,7 @@ from sbiplat.estimators.tractable import Tractable
 from sbiplat.observation import Fields
 from sbiplat.posteriors import annealing, passes
 from sbiplat.posteriors.annealing import Heights, Populations, Streams
-from sbiplat.posteriors.chains import MOST_UNCONVERGED, ChainError, effective_size, r_hat
+from sbiplat.posteriors.convergence import MOST_UNCONVERGED, ChainError, effective_size, r_hat
 from sbiplat.posteriors.passes import Contexts
 
 POPULATIONS = 4

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from sbiplat.errors import RunError
 from sbiplat.observation import Fields
 from sbiplat.posteriors.base import Sampler
-from sbiplat.posteriors.chains import judging
+from sbiplat.posteriors.convergence import judging
 from sbiplat.posteriors.steps import describe
 
 Array = NDArray[np.float64]

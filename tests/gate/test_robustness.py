@@ -20,7 +20,7 @@ from sbiplat.gate import robustness
 from sbiplat.gate.criteria import Criteria
 from sbiplat.observation import ObservationSpec
 from sbiplat.posteriors.base import Posterior
-from sbiplat.posteriors.chains import ChainError
+from sbiplat.posteriors.convergence import ChainError
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import silent
 

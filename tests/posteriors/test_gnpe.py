@@ -17,9 +17,9 @@ import sbiplat as sp
 from sbiplat.errors import SettingError
 from sbiplat.gate import calibration
 from sbiplat.observation import ObservationSpec
-from sbiplat.posteriors import gnpe
+from sbiplat.posteriors import convergence, gnpe
 from sbiplat.posteriors.base import Posterior
-from sbiplat.posteriors.chains import ChainError, judging
+from sbiplat.posteriors.convergence import ChainError, Convergence, judging
 from sbiplat.posteriors.gnpe import GNPESampler
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.posteriors.recalibrated import Maps, RecalibratedSampler
@@ -132,7 +132,7 @@ def test_chains_have_the_law_that_theory_gives_them_and_stop_when_it_says(ratio)
 
 def test_chains_that_stop_too_early_are_seen(monkeypatch):
     """Power of the test above: with a rule that lets them be two sd off, they are not at their law."""
-    monkeypatch.setattr(gnpe, "NEAR", 2.0)
+    monkeypatch.setattr(convergence, "NEAR", 2.0)
     sampler = of_location(0.5 * S)
     theta = theta_of(sampler.sample(X, 4000, 0))[0]
     assert sampler.diagnostics["gibbs_steps"] < 12
@@ -700,7 +700,7 @@ def test_a_few_chains_in_a_far_mode_do_not_hide_that_the_others_have_converged()
     generator, rho = torch.Generator().manual_seed(3), 0.6
     far = 100.0 * (torch.arange(2000) % 100 == 0)[None, :, None]
     near = torch.randn(1, 2000, 1, generator=generator, dtype=torch.float64)
-    watch = gnpe.Convergence(Translation(("mu",)), lambda x: torch.ones(1, 1, dtype=torch.float64), 100).watch(None, {"pose": near + far})
+    watch = Convergence(Translation(("mu",)), lambda x: torch.ones(1, 1, dtype=torch.float64), 100).watch(None, {"pose": near + far})
     for _ in range(30):
         before = near
         near = rho * near + math.sqrt(1 - rho**2) * torch.randn(near.shape, generator=generator, dtype=torch.float64)

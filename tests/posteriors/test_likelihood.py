@@ -15,7 +15,7 @@ from sbiplat.nets.standardise import Standardise
 from sbiplat.observation import ObservationSpec
 from sbiplat.posteriors import likelihood
 from sbiplat.posteriors.annealing import Heights, Streams, anneal, move
-from sbiplat.posteriors.chains import effective_size, r_hat
+from sbiplat.posteriors.convergence import effective_size, r_hat
 from sbiplat.progress import silent
 
 QUICK_NLE = {"flow": "gaussian", "max_epochs": 15, "batch_size": 128, "context_hidden": [32], "components": 2}

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import sbiplat as sp
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError, SymmetryError
-from sbiplat.posteriors.chains import ChainError
+from sbiplat.posteriors.convergence import ChainError
 from sbiplat.posteriors.of_run import from_run
 from sbiplat.progress import Progress, silent
 from sbiplat.symmetry import Product, Translation

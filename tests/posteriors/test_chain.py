@@ -10,7 +10,8 @@ import torch
 from scipy import stats
 
 from sbiplat.errors import SettingError
-from sbiplat.posteriors.steps import Chain, Derived, Factor, Gibbs, Pinned, Recovery, Reparametrisation, Target, Tilt, in_words
+from sbiplat.posteriors.chain import Chain, Gibbs, Recovery
+from sbiplat.posteriors.steps import Derived, Factor, Pinned, Reparametrisation, Target, Tilt, in_words
 
 NOISE, KAPPA = 0.5, 0.8  # of x, and of the kernel
 V = NOISE**2  # the posterior's variance under the flat prior
