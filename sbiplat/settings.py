@@ -173,13 +173,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise SettingError(f"{path} is not TOML: {error}") from None
 
 
-def parse_assignments(items: Sequence[str]) -> dict[str, Any]:
-    """`key=value` words as settings: the value in TOML's notation, or plain text."""
+def parse_assignments(items: Sequence[str], option: str = "--set", example: str = "flow=maf") -> dict[str, Any]:
+    """`key=value` words as settings: the value in TOML's notation, or plain text. option, example: for messages."""
     out: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
         if not equals or not name.strip():
-            raise SettingError(f"--set {item!r}: expected key=value, such as --set flow=maf")
+            raise SettingError(f"{option} {item!r}: expected key=value, such as {option} {example}")
         try:
             out[name.strip()] = tomllib.loads(f"value = {text.strip()}")["value"]
         except tomllib.TOMLDecodeError:

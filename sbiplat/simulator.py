@@ -253,6 +253,20 @@ def _resolve_object(spec: str) -> Simulator:
     return found
 
 
+def resolve_prior(spec: str) -> Prior:
+    """The prior at `file.py:object` or `module:object`, or that of the simulator there; raises SimulatorError."""
+    place, _, attribute = spec.rpartition(":")
+    if not place:
+        raise SimulatorError(f"no prior is called {spec!r}; give file.py:object or module:object, of an sp.Prior")
+    module = load_module(place, spec)
+    found = getattr(module, attribute, None)
+    if isinstance(found, Prior | Simulator):
+        return found if isinstance(found, Prior) else found.prior
+    have = [k for k, v in vars(module).items() if isinstance(v, Prior)]
+    raise SimulatorError(f"{attribute!r} in {place} {'is no sp.Prior' if found is not None else 'does not exist'}; priors there: "
+                         f"{', '.join(have) or 'none'}")
+
+
 def load_module(place: str, spec: str) -> Any:
     """The module at `path/to/file.py` or of that name; spec: what the user wrote, for errors. Raises SimulatorError."""
     return load_file(Path(place)) if place.endswith(".py") else _import(place, spec)

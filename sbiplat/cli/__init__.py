@@ -239,6 +239,12 @@ def sample(
     importance: Annotated[
         bool, typer.Option("--importance", help="Add the weights, by the simulator's log_likelihood, that make the draws exact.")
     ] = False,
+    pin: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE: hold a parameter fixed, and draw the others given it, with weights; repeatable.")
+    ] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="Another prior, file.py:object or module:object: draws under it, with weights.")
+    ] = None,
     simulator: Annotated[str | None, typer.Option(help="The simulator, for --importance or a symmetry of your own, if it is not "
                                                   "installed.")] = None,
     embedding: Embedding = None,
@@ -250,8 +256,12 @@ def sample(
     from sbiplat.posteriors.export import check_target
     from sbiplat.posteriors.importance import likelihood_of, simulator_of_run
     from sbiplat.runs import Run
+    from sbiplat.settings import parse_assignments
+    from sbiplat.simulator import resolve_prior
 
     check_target(out)
+    pinned = parse_assignments(pin or [], "--pin", "t0=0.1")
+    other = resolve_prior(prior) if prior is not None else None
     opened = Run.open(run)
     posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding,
                      simulator=simulator)
@@ -262,11 +272,12 @@ def sample(
     if posterior.provenance.get("since_gate"):
         warn(f"changed since the gate: {posterior.provenance['since_gate']}")
     x = read_observation(observation, opened.x)
-    if importance:
-        found = simulator_of_run(opened, simulator, f"sbiplat sample {run} --importance")
-        likelihood = likelihood_of(found, posterior)
+    if importance or pinned or other is not None:
+        likelihood = None
+        if importance:
+            likelihood = likelihood_of(simulator_of_run(opened, simulator, f"sbiplat sample {run} --importance"), posterior)
         with warnings_in_a_line():
-            weighted = posterior.importance(x, n, log_likelihood=likelihood, seed=seed)
+            weighted = posterior.importance(x, n, log_likelihood=likelihood, prior=other, pinned=pinned, seed=seed)
         write_weighted(weighted, out, as_json)
         return
     with warnings_in_a_line():

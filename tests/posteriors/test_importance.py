@@ -393,6 +393,8 @@ def log_likelihood(theta, x):
 
 prior = sp.Prior({"slope": sp.Normal(1.0, 2.0), "offset": sp.Normal(0.0, 1.0)})
 
+narrow = sp.Prior({"slope": sp.Normal(1.0, 1.0), "offset": sp.Normal(0.0, 1.0)})
+
 @sp.simulator(prior=prior, x_shape=(2,), log_likelihood=log_likelihood)
 def own(theta, rng):
     return (theta - [1.0, 0.0]) / [2.0, 1.0] + 0.5 * rng.standard_normal(2)
@@ -428,7 +430,32 @@ def test_the_command_writes_weights_and_says_what_they_are_worth(line_run, tmp_p
     assert "log of p(x) -" in out
 
 
+def test_the_command_takes_pinned_parameters_and_another_prior(line_run, tmp_path):
+    """Slope and offset are independent given x, so that a pinned offset leaves the slope as it was; under another prior it has a closed form."""
+    (tmp_path / "own.py").write_text(OWN)
+    x = np.array([1.5, -0.5])
+    np.save(tmp_path / "x.npy", x)
+    mean, sd = line_posterior(x)
+    code, out, err = sample(line_run, tmp_path, "--out", "given.csv", "--pin", "offset=0.3", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    assert told["mean"][1] == pytest.approx(0.3)
+    assert told["mean"][0] == pytest.approx(mean[0], abs=0.1 * sd[0])
+    assert told["sd"][0] == pytest.approx(sd[0], rel=0.15)
+    code, out, err = sample(line_run, tmp_path, "--out", "other.csv", "--prior", "own.py:narrow", "--importance", "--simulator", "own.py:own", "--json")
+    assert code == 0, err
+    told = json.loads(out)
+    z = (x[0] / NOISE**2) / (1 / 0.5**2 + 1 / NOISE**2)
+    assert told["mean"][0] == pytest.approx(1 + 2 * z, abs=0.05)
+    assert told["sd"][0] == pytest.approx(2 / math.sqrt(1 / 0.5**2 + 1 / NOISE**2), rel=0.1)
+
+
 @pytest.mark.parametrize(("words", "told"), [
+    (["--pin", "t0"], r"--pin 't0': expected key=value, such as --pin t0=0.1"),
+    (["--pin", "slop=1"], r"pinned: there is no parameter 'slop'; there are slope, offset"),
+    (["--pin", "slope=steep"], r"pinned: slope must be a number, got 'steep'"),
+    (["--prior", "narrow"], r"no prior is called 'narrow'; give file.py:object"),
+    (["--prior", "own.py:narow"], r"'narow' in own.py does not exist; priors there: prior, narrow"),
     (["--importance"], r"no simulator is registered here as 'line'; name it: sbiplat sample .* --importance --simulator file.py:object"),
     (["--importance", "--simulator", "own.py:without"], "'without' has no log_likelihood"),
 ])
