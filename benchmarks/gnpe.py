@@ -197,7 +197,8 @@ def one(name: str, method: str, budget: int, size: Size = FULL) -> dict[str, Any
         cell = {**made(), "training_seconds": seconds, "draws": size.draws,
                 **against(name, references, [_attempt(posterior, r.x, len(r.draws), k) for k, r in enumerate(references)])}
         if method == "gnpe":
-            cell |= {"kernel": {k: run.record["architecture"]["symmetry"][k] for k in ("widths", "spread", "told", "slope", "leaving")},
+            about = run.record["architecture"]["symmetry"]
+            cell |= {"kernel": {k: about[k] for k in ("widths", "spread", "told", "stretch", "slope", "leaving")},
                      "cost": costs(name, posterior, references[:size.watched], Path(folder), size),
                      "weighted": weighted(name, posterior, references, size)}
     return cell
