@@ -87,8 +87,8 @@ def section(run: Run, change: Change, seed: int) -> dict[str, Any]:
     marginals = figures.beside(change.here, change.there, run.prior.names, run.prior.units, run.prior.support,
                                ("posterior at x", "posterior at x + δ"), change.truth)
     return {"x": figures.image(figures.observed(shown, WORDS)), "marginals": figures.image(marginals), "notes": notes,
-            "eps": change.eps, "kl": change.kl, "noise": change.noise, "features": change.features,
-            "most": change.features * change.noise, "held_out": change.truth is not None,
+            "eps": change.eps, "kl": change.kl, "noise": max(change.noise, 0.0), "features": change.features,
+            "most": change.features * max(change.noise, 0.0), "held_out": change.truth is not None,
             "left_out": max(0, run.prior.dim - figures.MOST_BESIDE)}
 
 

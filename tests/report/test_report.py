@@ -19,6 +19,7 @@ from sbiplat.errors import ObservationError, RunError, SettingError, SimulatorEr
 from sbiplat.observation import ObservationSpec
 from sbiplat.progress import silent
 from sbiplat.report import figures, predictive
+from sbiplat.report.figures.posterior import _Coordinate
 from sbiplat.report.page import report, to_digits
 
 NAME = "<svg onload=alert(1)>"
@@ -540,3 +541,9 @@ def _edit(run: Path, change: Any) -> None:
     record = json.loads((run / "run.json").read_text())
     change(record)
     (run / "run.json").write_text(json.dumps(record))
+
+
+def test_an_angle_is_not_drawn_in_logarithms_and_a_scale_is() -> None:
+    draws = np.exp(np.random.default_rng(0).normal(0.0, 1.5, 4000)).clip(1e-3, 6.0)
+    for support, log in (((0.0, 2 * np.pi), False), ((0.0, np.inf), True), ((1e-3, 10.0), True)):
+        assert _Coordinate.of("a", "rad", draws, draws, support).log is log

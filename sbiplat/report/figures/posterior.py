@@ -38,7 +38,8 @@ class _Coordinate:
         if high - low > (before[1] - before[0]) / 3:  # a posterior this wide is best seen against all of its prior
             low, high = min(low, before[0]), max(high, before[1])
         pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        if np.quantile(draws, 0.001) > 0 and np.quantile(draws, 0.999) > 30 * np.quantile(draws, 0.001) and low > 0:
+        magnitudes = support[0] >= 0 and (support[0] > 0 or not math.isfinite(support[1]))  # an angle from 0 to 2 pi is none
+        if magnitudes and np.quantile(draws, 0.001) > 0 and np.quantile(draws, 0.999) > 30 * np.quantile(draws, 0.001) and low > 0:
             pad = 0.05 * math.log10(high / low)
             return cls(max(math.log10(low) - pad, _log10(support[0])), min(math.log10(high) + pad, _log10(support[1])),
                        True, 0, "log₁₀ " + name, unit)
