@@ -38,6 +38,7 @@ PIXELS = 33  # odd: then shifts by Fourier transform are orthogonal
 SEEING = 1.5  # b, standard deviation of the point-spread function in pixels, the pixel's own window included
 NOISE = 1.0
 MIDDLE = PIXELS // 2
+BLOCK = 128  # images moved at once
 KX = 2 * np.pi * np.fft.rfftfreq(PIXELS)  # columns
 KY = 2 * np.pi * np.fft.fftfreq(PIXELS)[:, None]  # rows
 _SEEN = np.exp(-0.5 * SEEING**2 * (KX**2 + KY**2))
@@ -153,8 +154,11 @@ def _turn(angle: Tensor, points: Tensor) -> Tensor:
 
 
 def moved(images: Tensor, g: Tensor) -> Tensor:
-    """T_g of images (B, 33, 33), for g (B, 3): the same dtype."""
-    g = g.to(images.device)
+    """T_g of images (B, 33, 33), for g (B, 3): the same dtype; in blocks that fit in the cache."""
+    return torch.cat([_moved(*block) for block in zip(images.split(BLOCK), g.to(images.device).split(BLOCK), strict=True)])
+
+
+def _moved(images: Tensor, g: Tensor) -> Tensor:
     quarters = (g[:, 0] / (math.pi / 2)).round()
     rest = (g[:, 0] - quarters * (math.pi / 2)).to(images.dtype)
     which = quarters.long().remainder(4)[:, None, None]
@@ -162,19 +166,21 @@ def moved(images: Tensor, g: Tensor) -> Tensor:
     for k in (1, 2, 3):  # rot90 turns from columns to rows, x to y
         turned = torch.where(which == k, images.rot90(k, (-1, -2)), turned)
     lines = torch.arange(-MIDDLE, MIDDLE + 1, dtype=images.dtype, device=images.device)
-    skew = -(rest / 2).tan()[:, None] * lines
+    skew, shift = -(rest / 2).tan()[:, None] * lines, g[:, 1:].to(images.dtype)
     turned = _slide(turned, skew)
     turned = _slide(turned.mT, rest.sin()[:, None] * lines).mT
-    turned = _slide(turned, skew)
-    shift = g[:, 1:].to(images.dtype)[:, :, None].expand(-1, -1, PIXELS)
-    return _slide(_slide(turned, shift[:, 0]).mT, shift[:, 1]).mT
+    turned = _slide(turned, skew + shift[:, :1])
+    return _slide(turned.mT, shift[:, 1:].expand(-1, PIXELS)).mT
 
 
 def _slide(rows: Tensor, by: Tensor) -> Tensor:
     """Each row (B, 33, 33) along itself by so many pixels (B, 33), on the circle."""
-    k = 2 * math.pi * torch.fft.rfftfreq(PIXELS, dtype=rows.dtype, device=rows.device)
-    phase = by[..., None] * k
-    return torch.fft.irfft(torch.fft.rfft(rows) * torch.complex(phase.cos(), -phase.sin()), n=PIXELS)
+    step = torch.polar(torch.ones_like(by), -2 * math.pi / PIXELS * by)
+    turns = torch.stack([torch.ones_like(step), step], -1)  # powers of step, by doubling: cheaper than as many cosines
+    while turns.shape[-1] < PIXELS // 2 + 1:
+        step = step * step
+        turns = torch.cat([turns, turns * step[..., None]], -1)
+    return torch.fft.irfft(torch.fft.rfft(rows) * turns[..., :PIXELS // 2 + 1], n=PIXELS)
 
 
 # ------------------------------------------------------------------------------------------------- the reference posterior
