@@ -103,15 +103,6 @@ class DiffusionSampler(Contexts):
 
     estimator: Denoising
 
-    @torch.no_grad()
-    def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
-        """(B, n, D); fixed by the seed, n and B."""
-        contexts = self.contexts(x)
-        generator = torch.Generator(self.device).manual_seed(stream(seed))
-        return self.joined(len(contexts), n, (
-            (rows, draws, self.draws(contexts[rows], draws.stop - draws.start, generator).cpu())
-            for rows, draws in self.passes(len(contexts), n)))
-
     def draws(self, contexts: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """n draws for each of B contexts, (B, n, D)."""
         conditions = self.estimator.field.conditions(contexts)

@@ -9,20 +9,11 @@ from torch import Tensor
 
 from sbiplat.observation import Fields
 from sbiplat.posteriors import passes
-from sbiplat.posteriors.passes import Contexts, stream
+from sbiplat.posteriors.passes import Contexts
 
 
 class DirectSampler(Contexts):
     """Draws and densities of an estimator that has `prepare`, `context`, `sample` and `log_prob`."""
-
-    @torch.no_grad()
-    def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
-        """(B, n, D). All draws share one stream, given by the seed: fixed by it, n and B."""
-        contexts = self.contexts(x)
-        generator = torch.Generator(self.device).manual_seed(stream(seed))
-        return self.joined(len(contexts), n, (
-            (rows, draws, self.draws(contexts[rows], draws.stop - draws.start, generator).cpu())
-            for rows, draws in self.passes(len(contexts), n)))
 
     def draws(self, contexts: Tensor, n: int, generator: torch.Generator) -> Tensor:
         """n draws for each of B contexts, (B, n, D)."""

@@ -33,6 +33,19 @@ class Contexts:
         """(B, C)."""
         return torch.cat([self.estimator.context(part) for part in self.prepared(x)])
 
+    @torch.no_grad()
+    def sample(self, x: Fields, n: int, seed: int) -> NDArray[np.float32]:
+        """(B, n, D). All draws share one stream, given by the seed: fixed by it, n and B."""
+        contexts = self.contexts(x)
+        generator = torch.Generator(self.device).manual_seed(stream(seed))
+        return self.joined(len(contexts), n, (
+            (rows, draws, self.draws(contexts[rows], draws.stop - draws.start, generator).cpu())
+            for rows, draws in self.passes(len(contexts), n)))
+
+    def draws(self, contexts: Tensor, n: int, generator: torch.Generator) -> Tensor:
+        """n draws for each of B contexts, (B, n, D)."""
+        raise NotImplementedError
+
     def passes(self, batch: int, n: int) -> Iterator[tuple[slice, slice]]:
         """Observations and draws of each pass: several observations with all their draws, or one with some of them."""
         per_pass = max(1, ROWS_PER_PASS // max(1, n))
