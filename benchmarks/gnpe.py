@@ -343,7 +343,8 @@ def _chain(name: str, reference: Known, k: int, size: Size) -> dict[str, Any]:
     start, block, state, tau = time.process_time(), 500, start_at, np.inf
     while sampler.iteration < 50 * tau and time.process_time() - start < size.longest:  # emcee's own rule for a trusted tau
         state = sampler.run_mcmc(state, block, skip_initial_state_check=True)
-        tau = float(np.max(sampler.get_autocorr_time(tol=0)))
+        with np.errstate(all="ignore"):  # of walkers none of which has moved yet
+            tau = float(np.nan_to_num(np.max(sampler.get_autocorr_time(tol=0)), nan=np.inf))
     seconds = time.process_time() - start
     return {"steps": sampler.iteration, "tau": tau, "long_enough": sampler.iteration >= 50 * tau, "seconds": seconds,
             "acceptance": float(sampler.acceptance_fraction.mean()),
