@@ -181,7 +181,8 @@ def parse_assignments(items: Sequence[str], option: str = "--set", example: str 
         if not equals or not name.strip():
             raise SettingError(f"{option} {item!r}: expected key=value, such as {option} {example}")
         try:
-            out[name.strip()] = tomllib.loads(f"value = {text.strip()}")["value"]
+            found = tomllib.loads(f"value = {text.strip()}")
+            out[name.strip()] = found["value"] if len(found) == 1 else text.strip()
         except tomllib.TOMLDecodeError:
             out[name.strip()] = text.strip()
     return out

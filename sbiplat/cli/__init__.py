@@ -261,6 +261,8 @@ def sample(
 
     check_target(out)
     pinned = parse_assignments(pin or [], "--pin", "t0=0.1")
+    if len(pinned) < len(pin or []):
+        raise SettingError("--pin names a parameter twice; pin it once")
     other = resolve_prior(prior) if prior is not None else None
     opened = Run.open(run)
     posterior = load(opened, allow_uncertified=allow_uncertified, refuse_misspecified=refuse_misspecified, embedding=embedding,

@@ -58,7 +58,7 @@ def frame_of(symmetry: Mapping[str, Any]) -> Frame:
     if symmetry["role"] == INITIAL:
         widths, told, adaptive = [1.0] * count, [False] * count, False
     else:
-        widths, told, adaptive = symmetry["widths"], symmetry["told"], symmetry["stretch"] is not None
+        widths, told, adaptive = symmetry["widths"], symmetry["told"], symmetry.get("stretch") is not None
     if len(widths) != count or len(told) != count or not all(type(w) is float and 1e-150 < w < 1e150 for w in widths):
         raise SettingError(f"its symmetry needs {count} kernel widths above 0, and has {widths!r}"[:200])
     if not all(type(t) is bool for t in told):
@@ -68,10 +68,19 @@ def frame_of(symmetry: Mapping[str, Any]) -> Frame:
 
 def _spread_of(symmetry: Mapping[str, Any]) -> tuple[list[float], list[list[float]] | None]:
     """The initial net's spread, (P,), and the least and the greatest log f of an adaptive kernel, (2, P)."""
-    count, rows = len(symmetry["widths"]), [symmetry["spread"], *(symmetry["stretch"] or [])]
-    if len(rows) not in (1, 3) or not all(len(r) == count and all(type(v) is float and abs(v) < 1e150 for v in r) for r in rows):
-        raise SettingError(f"its symmetry needs a spread and two ends of stretch of {count} numbers each")
-    return rows[0], rows[1:] or None
+    count, spread, ends = len(symmetry["widths"]), symmetry["spread"], symmetry.get("stretch")
+    if not _numbers(spread, count) or not all(v > 0 for v in spread):
+        raise SettingError(f"its symmetry needs {count} spreads above 0, and has {spread!r}"[:200])
+    if ends is None:
+        return spread, None
+    good = type(ends) is list and len(ends) == 2 and all(_numbers(e, count) for e in ends)
+    if not good or any(low > high for low, high in zip(*ends, strict=True)):
+        raise SettingError(f"its symmetry needs two ends of stretch of {count} numbers each, the least first, and has {ends!r}"[:200])
+    return spread, ends
+
+
+def _numbers(values: Any, count: int) -> bool:
+    return type(values) is list and len(values) == count and all(type(v) is float and abs(v) < 1e150 for v in values)
 
 
 def initial_settings(settings: ConditionedSettings, own: Mapping[str, Any]) -> NPESettings:
@@ -140,10 +149,16 @@ class Equivariant(Estimator):
         base = find(architecture.estimator)
         settings = symmetry["initial"]
         self.initial = PoseNet(replace(architecture, estimator="npe", settings=build_settings(NPESettings, settings)))
-        self.initial.requires_grad_(False)
+        self.initial.requires_grad_(False).eval()
         spec = self.frame.spec(architecture.x)
         self.main: Any = base(replace(architecture, x=spec, gaussianised=False, symmetry=None,
                                       settings=replace(architecture.settings, embedding=self._embedding(architecture))))
+
+    def train(self, mode: bool = True) -> Equivariant:
+        """The main net's mode: the initial net is frozen."""
+        super().train(mode)
+        self.initial.eval()
+        return self
 
     def _embedding(self, architecture: Architecture) -> str:
         """The embedding's name where x has the proxy beside it: of a net for one array, by field."""
@@ -173,7 +188,7 @@ class Equivariant(Estimator):
         """u and x' of rows, each from a proxy of its own."""
         pose, stretch = self.frame.pose(theta), self.stretch(x)
         proxy = self.frame.action.blur(pose, self.frame.kernel_widths(pose, stretch), generator)
-        return self.frame.to_relative(theta, proxy)[0], self.frame.standardise(x, proxy, stretch)
+        return self.frame.to_relative(theta, proxy, stretch)[0], self.frame.standardise(x, proxy, stretch)
 
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """x as it is: it is standardised anew in every step."""

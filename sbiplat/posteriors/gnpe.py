@@ -144,18 +144,20 @@ class GNPESampler(Contexts):
         """z (b, C, D) ~ q(z | x, proxy) within the prior's support, for proxies (b, C, S); how many tries each took, and whether none of
         them lay inside and z was clipped into the support, (b, C, 1)."""
         flat = proxy.flatten(0, 1)
-        parts = [self._within(contexts, flat[rows], generator) for rows, contexts in self._contexts_of(x, self._owner(proxy), flat)]
+        parts = [self._within(contexts, flat[rows], log_f, generator)
+                 for rows, contexts, log_f in self._contexts_of(x, self._owner(proxy), flat)]
         z, tries, beyond = (torch.cat(part).unflatten(0, proxy.shape[:2]) for part in zip(*parts, strict=True))
         return z, tries[..., None], beyond[..., None]
 
-    def _within(self, contexts: Tensor, proxy: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _within(self, contexts: Tensor, proxy: Tensor, log_f: Tensor | None, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """The same of rows: (R, D), (R,), (R,)."""
-        z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], proxy)
+        z, inside = self.frame.from_relative(self.inner.draws(contexts, 1, generator)[:, 0], proxy, log_f)
         tries, many = torch.ones(len(z), dtype=torch.float64, device=z.device), 1
         while many < TRIES and len(lacking := torch.nonzero(~inside)[:, 0]):
             many *= 2
             u = self.inner.draws(contexts[lacking], many, generator)
-            each, good = self.frame.from_relative(u.flatten(0, 1), proxy[lacking].repeat_interleave(many, 0))
+            own = None if log_f is None else log_f[lacking].repeat_interleave(many, 0)
+            each, good = self.frame.from_relative(u.flatten(0, 1), proxy[lacking].repeat_interleave(many, 0), own)
             good = good.view(-1, many)
             first = (good.cumsum(1) == 0).sum(1).clamp(max=many - 1)
             z[lacking] = each.view(len(lacking), many, -1)[torch.arange(len(lacking), device=z.device), first]
@@ -166,15 +168,17 @@ class GNPESampler(Contexts):
         """The observation of each row of proxies (b, C, S)."""
         return torch.arange(len(proxy), device=self.device).repeat_interleave(proxy.shape[1])
 
-    def _contexts_of(self, x: dict[str, Tensor], owner: Tensor, proxy: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The main net's contexts of rows in passes: of x[owner] seen from proxies (R, S)."""
+    def _contexts_of(self, x: dict[str, Tensor], owner: Tensor, proxy: Tensor) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The main net's contexts of rows in passes, of x[owner] seen from proxies (R, S); with log f of an adaptive kernel."""
         main = self.estimator.main
         row = sum(v[0].numel() * v.element_size() for v in x.values())
-        size, look = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row))), self.frame.standardiser(x, self.estimator.stretch(x))
+        size, stretch = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row))), self.estimator.stretch(x)
+        look = self.frame.standardiser(x, stretch)
         for a in range(0, len(proxy), size):
             rows = slice(a, a + size)
             seen = look(proxy[rows], owner[rows])
-            yield rows, main.context(main.prepare_differentiably(seen) if torch.is_grad_enabled() else main.prepare(seen))
+            context = main.context(main.prepare_differentiably(seen) if torch.is_grad_enabled() else main.prepare(seen))
+            yield rows, context, None if stretch is None else stretch[owner[rows]]
 
     # -------------------------------------------------------------------------------------------------- densities
 
@@ -226,10 +230,11 @@ class GNPESampler(Contexts):
 
     def _log_conditional(self, z: Tensor, x: dict[str, Tensor], proxy: Tensor) -> Tensor:
         """log q(z | x, proxy) of rows z (b m, D) for proxies (b, m, S): float64 (b m,)."""
-        flat = proxy.flatten(0, 1)
-        u, log_det = self.frame.to_relative(z, flat)
-        found = [self.inner.densities(u[rows], contexts).double() for rows, contexts in self._contexts_of(x, self._owner(proxy), flat)]
-        return torch.cat(found) + log_det
+        flat, found = proxy.flatten(0, 1), []
+        for rows, contexts, log_f in self._contexts_of(x, self._owner(proxy), flat):
+            u, log_det = self.frame.to_relative(z[rows], flat[rows], log_f)
+            found.append(self.inner.densities(u, contexts).double() + log_det)
+        return torch.cat(found)
 
     def log_proxy(self, proxy: Tensor, centres: Tensor, widths: Tensor) -> Tensor:
         """The mixture's log-density (b, m) of proxies (b, m, S), for centres (b, N, S) and the kernels' widths (b, P)."""
@@ -253,10 +258,10 @@ class GNPESampler(Contexts):
     def _step(self, x: Any, columns: Columns, n: int, generator: torch.Generator) -> tuple[Columns, Tensor]:
         """One draw a proxy, not held to the prior's support, and its log q; NaN z where it lies outside."""
         proxy, zs, logs = columns["proxy"].flatten(0, 1), [], []
-        for rows, contexts in self._contexts_of(x, self._owner(columns["proxy"]), proxy):
+        for rows, contexts, log_f in self._contexts_of(x, self._owner(columns["proxy"]), proxy):
             u = self.inner.draws(contexts, 1, generator)[:, 0]
-            z, inside = self.frame.from_relative(u, proxy[rows])
-            log_det = self.frame.to_relative(z, proxy[rows])[1]
+            z, inside = self.frame.from_relative(u, proxy[rows], log_f)
+            log_det = self.frame.to_relative(z, proxy[rows], log_f)[1]
             zs.append(torch.where(inside[:, None], z, torch.nan))
             logs.append(self.inner.densities(u, contexts).double() + log_det)
         return {"z": torch.cat(zs).unflatten(0, (-1, n))}, torch.cat(logs).unflatten(0, (-1, n))

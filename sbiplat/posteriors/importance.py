@@ -50,6 +50,7 @@ from sbiplat.simulator import Simulator, available, resolve
 Array = NDArray[np.float64]
 LogLikelihood = Callable[[Array, Any], ArrayLike]
 MOST_K_HAT = 0.7
+FAR = 4.5  # of z: one row in 10^5 lies beyond
 HARMLESS = 2.0  # k-hat has no scale: where no weight is above so many times the mean, its tail carries nothing
 FIGURES = ("efficiency", "ess", "k_hat", "log_evidence", "log_evidence_error")
 LEAST_DRAWS = 100
@@ -202,6 +203,8 @@ def importance(
     before = posterior.changed_prior or posterior.prior
     if prior is not None:
         posterior.require_within(prior)
+        if log_likelihood is None and not pinned and prior == before:
+            raise SettingError("the other prior is the posterior's own, and there is nothing to correct to; give another")
     now = prior or before
     seed = fresh_seed() if seed is None else whole_seed(seed)
     fields, batched = posterior.x.batch(x)
@@ -308,7 +311,12 @@ def _checked_pins(posterior: Posterior, prior: Prior, pinned: Mapping[str, float
         if not p.contains(centre):
             (low, high), k = p.support, next(k for k in places if not _inside(p, k, centre[k]))
             raise PriorError(f"pinned: {names[k]} = {centre[k]:g} lies outside the prior's support, {low[k]:g} to {high[k]:g}")
-    return _Pins(places, [k for k in range(len(names)) if k not in places], values, posterior.prior.unconstrain(centre)[places])
+    z = posterior.prior.unconstrain(centre)[places]
+    far = int(np.abs(z).argmax())
+    if abs(z[far]) > FAR:
+        raise PriorError(f"pinned: {names[places[far]]} = {values[far]:g} lies where the prior has hardly any mass (as {abs(z[far]):.1f} "
+                         f"standard deviations out of a normal), and no net was trained there; pin it within {FAR:g} of them")
+    return _Pins(places, [k for k in range(len(names)) if k not in places], values, z)
 
 
 def _inside(prior: Prior, k: int, value: float) -> bool:

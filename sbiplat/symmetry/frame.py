@@ -5,12 +5,14 @@ r"""The frame of a proxy: theta and x as they are seen from :math:`\hat g`,
 
 with z the prior's normal coordinates. Where the action is exact and the prior is flat over the posterior, q(u | x', g) does not depend on
 the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy` of x'. A kernel may be f(x) times as wide at x. Then
-q(u | x', g) depends on the proxy through f alone, since :math:`K_f` does, and the net is told log f: that is exact for any function f.
+q(u | x', g) depends on the proxy through f alone, since :math:`K_f` does, and the net is told log f: that is exact for any function f. What
+u has of the moved parameters is in units of f, where a factor moves as many as it has coordinates.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +61,20 @@ class Frame:
         names = self.prior.names
         return [(self.action.parameters.index(p), names.index(p), self.prior.law.marginals[names.index(p)]) for p in self.action.moved]
 
+    @cached_property
+    def _own_coordinates(self) -> list[int | None]:
+        """Of each moved parameter, as in `_moved`: the coordinate whose f it is seen in units of; None of a factor that has not as many."""
+        own, offset = dict[str, int | None](), 0
+        for f in self.action.factors:
+            alike = len(f.moved) == len(f.coordinates)
+            own.update((p, offset + k if alike else None) for k, p in enumerate(f.moved))
+            offset += len(f.coordinates)
+        return [own[self.action.parameters[place]] for place, _, _ in self._moved]
+
+    def _units(self, stretch: Tensor | None) -> list[Tensor | float]:
+        """log f (B,) of each moved parameter, as in `_moved`; 0 where it is seen as it is."""
+        return [0.0 if stretch is None or own is None else stretch[:, own].double() for own in self._own_coordinates]
+
     @property
     def moved(self) -> list[int]:
         """The columns of theta that the action moves."""
@@ -80,26 +96,28 @@ class Frame:
         widths = torch.tensor(self.widths, dtype=torch.float64, device=like.device)
         return widths if stretch is None else widths * stretch.double().exp()
 
-    def to_relative(self, z: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
-        """u float32 (B, D) of z (B, D) seen from proxies (B, S), and log |det du / dz|, float64 (B,)."""
+    def to_relative(self, z: Tensor, proxy: Tensor, stretch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """u float32 (B, D) of z (B, D) seen from proxies (B, S), and log |det du / dz|, float64 (B,); stretch: log f (B, P) of an adaptive
+        kernel."""
         if not self._moved:
             return z, torch.zeros(len(z), dtype=torch.float64, device=z.device)
         theta = self.parameters(z)
         seen, log_det = self.action.act_theta(self.action.inverse(proxy), theta)
         chart, log_chart = self.action.chart(seen)
         u, log_det = z.clone(), log_det + log_chart
-        for place, k, law in self._moved:
-            u[:, k] = chart[:, place].to(u.dtype)
+        for (place, k, law), log_f in zip(self._moved, self._units(stretch), strict=True):
+            u[:, k] = (chart[:, place] * _exp(-log_f)).to(u.dtype)
+            log_det = log_det - log_f
             own = standard_normal_log_prob(z[:, k].detach().double().cpu().numpy()) - law.log_prob(theta[:, place].cpu().numpy())
             log_det = log_det + torch.as_tensor(own, device=z.device)
         return u, log_det
 
-    def from_relative(self, u: Tensor, proxy: Tensor) -> tuple[Tensor, Tensor]:
+    def from_relative(self, u: Tensor, proxy: Tensor, stretch: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """z (B, D) of u (B, D), and whether each is the u of that z, (B,): not beyond the prior's support, into which z is clipped, nor
         beyond the chart's range, such as once around a circle."""
         if not self._moved:
             return u, torch.ones(len(u), dtype=torch.bool, device=u.device)
-        seen = self._placed(u)
+        seen = self._placed(u, stretch)
         standard = self.action.unchart(seen)
         z, inside = self.put(u, self.action.act_theta(proxy, standard)[0])
         return z, inside & ((self.action.chart(standard)[0] - seen).abs() <= 1e-6 * (1 + seen.abs())).all(-1)
@@ -119,13 +137,13 @@ class Frame:
             z[:, k] = torch.as_tensor(own, device=z.device).to(z.dtype)
         return z, torch.as_tensor(inside, device=z.device)
 
-    def _placed(self, u: Tensor) -> Tensor:
+    def _placed(self, u: Tensor, stretch: Tensor | None) -> Tensor:
         """The action's columns of u: the chart's numbers where it moves, theta elsewhere."""
         z = u.clone()
         z[:, self.moved] = 0.0
         seen = self.parameters(z)
-        for place, k, _ in self._moved:
-            seen[:, place] = u[:, k].double()
+        for (place, k, _), log_f in zip(self._moved, self._units(stretch), strict=True):
+            seen[:, place] = u[:, k].double() * _exp(log_f)
         return seen
 
     # --------------------------------------------------------------------------------------------------------- x
@@ -162,15 +180,15 @@ class Frame:
 
     # ------------------------------------------------------------------------------------------- how far it is exact
 
-    def slope_of_prior(self, z: Tensor, generator: torch.Generator) -> tuple[float, float]:
-        """How far the prior is from flat over moves of these widths, of rows z (N, D): the root mean square of
+    def slope_of_prior(self, z: Tensor, widths: Tensor, generator: torch.Generator) -> tuple[float, float]:
+        """How far the prior is from flat over moves as wide as widths, (P,) or (N, P), of rows z (N, D): the root mean square of
         log p(h theta) |det| / p(theta)
         over such moves h that stay in the support, and the share of moves that leave it."""
         if not self._moved:
             return 0.0, 0.0
         theta = self.parameters(z)
         pose = self.action.pose_of(theta)
-        proxy = self.action.blur(pose, self.kernel_widths(pose), generator)
+        proxy = self.action.blur(pose, widths, generator)
         change = self.moved_by(self.action.compose(proxy, self.action.inverse(pose)), theta)[1]
         inside = torch.isfinite(change)
         return float(change[inside].square().mean().sqrt()) if inside.any() else float("inf"), float((~inside).double().mean())
@@ -188,6 +206,10 @@ class Frame:
 
 REACH = 4.0  # standard deviations
 EDGE = 8.0  # of z: within a part in 10^15 of an edge of the support
+
+
+def _exp(log_f: Tensor | float) -> Tensor | float:
+    return log_f.exp() if isinstance(log_f, Tensor) else math.exp(log_f)
 
 
 def check_names(action: GroupAction, prior: Prior) -> None:

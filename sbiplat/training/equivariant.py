@@ -48,7 +48,8 @@ CarryOut = Callable[..., Run]
 class Kernel:
     """Of each tangent coordinate its width, the initial net's spread and whether the net is told the proxy; slope (rms of the change of
     the log prior over moves as large as the spread) and leaving (share of these that leave its support) say how far the prior is from flat.
-    stretch: of a kernel that is f(x) times as wide, the least and the greatest log f of each coordinate.
+    stretch: of a kernel that is f(x) times as wide, the least and the greatest log f of each coordinate; moves are then as large as each
+    row's own spread.
 
     A net that is not told an exact action's proxy learns the conditional under a flat prior, whatever the kernel: relative coordinates do
     not know where they are. Chains then have the posterior under a flat prior as their law, off by about `slope` standard deviations,
@@ -159,15 +160,16 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
         if width >= most:
             raise SettingError(f"the kernel of {name}, {width:.3g}, is as wide as the prior of the pose ({most:.3g}): nothing is "
                                f"standardised by it; take a width below {s:.3g}, more simulations, or symmetry = \"none\"")
-    slope, leaving = replace(frame, widths=tuple(spread.tolist())).slope_of_prior(z, generator)
+    uneven = float((each > UNEVEN * spread).any(1).double().mean()) > MOST_UNEVEN
+    adaptive = settings.kernel_kind == "adaptive" or (settings.kernel_kind == "auto" and uneven and not given)
+    slope, leaving = frame.slope_of_prior(z, each.clamp_min(1e-150) if adaptive else spread, generator)
     flat = slope <= MOST_SLOPE and leaving <= MOST_LEAVING
     told: list[bool] = []
     for factor in action.factors:
         dropped = factor.exact and (settings.proxy == "dropped" or (settings.proxy == "auto" and flat))
         told += [not dropped] * len(factor.coordinates)
     own, stretch = torch.tensor(widths, dtype=torch.float64), None
-    uneven = float((each > UNEVEN * spread).any(1).double().mean()) > MOST_UNEVEN
-    if settings.kernel_kind == "adaptive" or (settings.kernel_kind == "auto" and uneven and not given):
+    if adaptive:
         with torch.no_grad():
             f = (net.spread(contexts) / spread).log()
         most = (WIDEST * torch.as_tensor(of_prior) / own).log().clamp_min(0.0)

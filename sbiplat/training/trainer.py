@@ -115,6 +115,8 @@ class _Training:
         self.device = torch.device(settings.device)
         self.rows = Rows(wanted, run.seed, progress)
         self.estimator: Estimator = run.architecture.build(run.seed)
+        if wanted.start is not None:
+            wanted.start(self.estimator)
         scales = self.rows.scales
         self.estimator.fit_scales(scales["theta"], scales["x"])
         for part in self.estimator.modules():
@@ -122,8 +124,6 @@ class _Training:
                 part.rows_were_fitted = self.rows.every_row and not self.estimator.draws_anew
         ready = self.estimator.prepare(scales["x"]) if settings.defend else {}
         self.defence = Defence(settings.defend, self.estimator, ready, settings.accumulate).to(self.device)
-        if wanted.start is not None:
-            wanted.start(self.estimator)
         self.estimator.to(self.device)
         self.validation = self.rows.to(self.estimator).validation
         self.gradient = Gradient(self.estimator, settings, self.defence)

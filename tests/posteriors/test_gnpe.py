@@ -299,7 +299,8 @@ def of_pair(told=lambda log_f: log_f, ratio=0.5):
     def main(x):
         mean, s = moments(x)
         share = 1 / (1 + (s / (ratio * told(x[PROXY]).exp())).square())  # kappa^2 / (s^2 + kappa^2)
-        return share * mean, share.sqrt() * s
+        f = x[PROXY].exp()
+        return share * mean / f, share.sqrt() * s / f
 
     def initial(x):
         mean, s = moments(x)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sbiplat as sp
+from sbiplat.bank.stream import pairs_at
 from sbiplat.errors import OtherTraining, RunError, SettingError, SimulatorError, SymmetryError
 from sbiplat.posteriors.convergence import ChainError
 from sbiplat.posteriors.of_run import from_run
@@ -340,7 +341,8 @@ def test_another_initial_net_in_a_begun_run_is_refused(bank, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(("place", "value", "message"), [
-    (("widths",), [-1.0], "kernel widths above 0"), (("told",), [None], "expected true or false"), (("stretch",), [[1.0]], "two ends of stretch"), (("role",), "x", "the role 'x'"),
+    (("widths",), [-1.0], "kernel widths above 0"), (("told",), [None], "expected true or false"), (("stretch",), [[1.0]], "two ends of stretch"), (("stretch",), 0, "two ends of stretch"),
+    (("stretch",), [[5.0], [-5.0]], "the least first"), (("spread",), [0.0], "spreads above 0"), (("role",), "x", "the role 'x'"),
     (("gibbs_steps",), 10**9, "gibbs_steps"), (("action", "field"), "y", "cannot act on this x"), (("initial",), [], "cannot act on this x"),
 ])
 def test_a_damaged_symmetry_in_run_json_is_one_line(run, tmp_path, place, value, message):
@@ -387,3 +389,30 @@ def test_a_kernel_that_follows_the_spread_serves_rows_that_tell_little_of_the_po
     assert posterior.sampler.diagnostics["gibbs_steps"] < 40
     with pytest.raises(ChainError, match="have not converged"):
         from_run(fixed).sample(x, 500, seed=0)
+    again = adaptive.architecture.build(0)  # scales are those that the trained initial net's f gives, and not an untrained one's
+    again.initial.load_state_dict(estimator.initial.state_dict())
+    rows = pairs_at(bank, np.arange(2000))
+    again.fit_scales(torch.as_tensor(rows["theta"]), {k: torch.as_tensor(v) for k, v in rows["x"].items()})
+    names = [k for k, _ in estimator.main.standardise.named_buffers() if "proxy" in k]
+    assert names
+    for k in names:
+        found, wanted = (e.main.standardise.get_buffer(k)[-1] for e in (estimator, again))  # of log f
+        torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.1)
+    estimator.train()
+    assert not any(part.training for part in estimator.initial.modules()), "frozen"
+
+
+def test_how_flat_the_prior_is_counts_over_each_rows_own_spread(tmp_path):
+    """A row in ten is a hundred times fainter, and there the normal prior is far from flat: the net is told the proxy."""
+    @sp.simulator(prior=sp.Prior({"mu": sp.Normal(0, 5)}), x_shape={"a": (1,), "s": (1,)}, batched=True, name="tenth",
+                  symmetry=Translation(("mu",), field="a"))
+    def tenth(theta, rng):
+        sd = np.where(rng.random((len(theta), 1)) < 0.1, 3.0, 0.03)
+        return {"a": theta + sd * rng.standard_normal(theta.shape), "s": np.log(sd)}
+
+    bank, settings = simulated(tenth, tmp_path, 3000), {"flow": "gaussian", "max_epochs": 15, "batch_size": 128}
+    kinds = {kind: train(bank, tmp_path / kind, simulator=tenth, kernel_kind=kind, **settings).architecture.symmetry for kind in ("auto", "fixed")}
+    assert kinds["auto"]["stretch"] is not None
+    assert kinds["auto"]["told"] == [True]
+    assert kinds["auto"]["slope"] > 0.1
+    assert kinds["fixed"]["told"] == [False], "the median row is served by it, and others are refused"
