@@ -393,6 +393,7 @@ def log_likelihood(theta, x):
 
 prior = sp.Prior({"slope": sp.Normal(1.0, 2.0), "offset": sp.Normal(0.0, 1.0)})
 
+same = sp.Prior({"slope": sp.Normal(1.0, 2.0, unit="m/s"), "offset": sp.Normal(0.0, 1.0, unit="m")})
 narrow = sp.Prior({"slope": sp.Normal(1.0, 1.0), "offset": sp.Normal(0.0, 1.0)})
 
 @sp.simulator(prior=prior, x_shape=(2,), log_likelihood=log_likelihood)
@@ -454,8 +455,12 @@ def test_the_command_takes_pinned_parameters_and_another_prior(line_run, tmp_pat
     (["--pin", "t0"], r"--pin 't0': expected key=value, such as --pin t0=0.1"),
     (["--pin", "slop=1"], r"pinned: there is no parameter 'slop'; there are slope, offset"),
     (["--pin", "slope=steep"], r"pinned: slope must be a number, got 'steep'"),
+    (["--pin", "slope=1", "--pin", "slope=2"], r"--pin names a parameter twice"),
+    (["--pin", "slope=1\noffset=2"], r"pinned: slope must be a number"),
+    (["--pin", "slope=40"], r"pinned: slope = 40 lies where the prior has hardly any mass \(as 19.5 standard deviations"),
+    (["--prior", "own.py:same"], r"the other prior is the posterior's own"),
     (["--prior", "narrow"], r"no prior is called 'narrow'; give file.py:object"),
-    (["--prior", "own.py:narow"], r"'narow' in own.py does not exist; priors there: prior, narrow"),
+    (["--prior", "own.py:narow"], r"'narow' in own.py does not exist; priors there: prior, same, narrow"),
     (["--importance"], r"no simulator is registered here as 'line'; name it: sbiplat sample .* --importance --simulator file.py:object"),
     (["--importance", "--simulator", "own.py:without"], "'without' has no log_likelihood"),
 ])
