@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from sbiplat.observation import read_observation
     from sbiplat.posteriors.base import Posterior
     from sbiplat.posteriors.from_sbi import from_sbi
-    from sbiplat.posteriors.importance import Weighted
     from sbiplat.posteriors.nearest import nearest
+    from sbiplat.posteriors.weighted import Weighted
     from sbiplat.prior import Beta, Gamma, HalfNormal, LogNormal, LogUniform, MultivariateNormal, Normal, Prior, TruncatedNormal, Uniform
     from sbiplat.report.page import report
     from sbiplat.runs import Run
@@ -64,7 +64,7 @@ _HOMES = {
     "sbiplat.observation": ("read_observation",),
     "sbiplat.posteriors.base": ("Posterior",),
     "sbiplat.posteriors.from_sbi": ("from_sbi",),
-    "sbiplat.posteriors.importance": ("Weighted",),
+    "sbiplat.posteriors.weighted": ("Weighted",),
     "sbiplat.posteriors.nearest": ("nearest",),
     "sbiplat.prior": ("Beta", "Gamma", "HalfNormal", "LogNormal", "LogUniform", "MultivariateNormal", "Normal", "Prior",
                       "TruncatedNormal", "Uniform"),

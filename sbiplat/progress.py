@@ -1,6 +1,6 @@
 """Progress: a bar on a terminal, plain log lines elsewhere, or nothing.
 
-One protocol: `with progress.task("simulate", total) as advance: advance(steps, note)`.
+One protocol: `with progress.task("simulate", total, done) as advance: advance(steps, note)`, done of an earlier sitting.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Progress:
     """Shows nothing; the base of those that do."""
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Advance]:
+    def task(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
         yield lambda steps=1, note="": None
 
     def say(self, line: str) -> None:
@@ -45,14 +45,14 @@ class Log(Progress):
         print(line, file=self._stream, flush=True)
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Advance]:
+    def task(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
         start = shown = time.monotonic()
-        done, told, last = 0, 0, ""
+        before, told, last = done, done, ""
 
         def line() -> str:
-            seconds = max(time.monotonic() - start, 1e-9)
-            left = f", {(total - done) * seconds / done:.0f} s left" if 0 < done < total else ""
-            return f"{name}: {done}/{total}, {done / seconds:.4g}/s{left}{last and '; ' + last}"
+            rate = (done - before) / max(time.monotonic() - start, 1e-9)
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+            return f"{name}: {done}/{total}, {rate:.4g}/s{left}{last and '; ' + last}"
 
         def advance(steps: int = 1, note: str = "") -> None:
             nonlocal done, shown, last, told
@@ -73,7 +73,7 @@ class Bar(Progress):
         print(line, file=sys.stderr, flush=True)  # noqa: T201 - this is the place that prints
 
     @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Advance]:
+    def task(self, name: str, total: int, done: int = 0) -> Iterator[Advance]:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Rich
@@ -81,5 +81,5 @@ class Bar(Progress):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
                    TextColumn("{task.fields[note]}"))
         with Rich(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(name, total=total, note="")
+            task = bar.add_task(name, total=total, completed=done, note="")
             yield lambda steps=1, note="": bar.update(task, advance=steps, **({"note": note} if note else {}))

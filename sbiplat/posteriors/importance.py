@@ -4,8 +4,7 @@ r"""Importance correction: draws of q(theta | x) with weights that carry them to
           \hat Z = \frac1n \sum_i w_i, \qquad \mathrm{ESS} = \frac{(\sum_i w_i)^2}{\sum_i w_i^2},
 
 with the simulator's exact likelihood, so that :math:`\hat Z` is an unbiased estimate of the evidence p(x), with the relative standard
-error :math:`\sqrt{(n / \mathrm{ESS} - 1) / (n - 1)}`. All figures are of all draws: of a few they flatter, since the largest weights come
-late. The Pareto shape k-hat of the largest weights (Vehtari et al., 2024; ArviZ's `psislw`) says whether to believe them: above 0.7 not.
+error :math:`\sqrt{(n / \mathrm{ESS} - 1) / (n - 1)}`; see `posteriors.weighted` for what they are worth.
 
 Without a likelihood, another prior p' is a ratio, :math:`\log w = \log p'(\theta) - \log p(\theta)`; :math:`\hat Z` estimates p'(x) / p(x).
 
@@ -20,13 +19,11 @@ target, their law :math:`\log K(v | \theta)`: see `JointSampler`.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -34,14 +31,14 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Generator, Tensor
 
-from sbiplat.errors import PriorError, SettingError, SimulatorError, Unreliable
+from sbiplat.errors import PriorError, SettingError, SimulatorError
 from sbiplat.laws import Independent
 from sbiplat.marginals import standard_normal_log_prob
 from sbiplat.observation import Fields
-from sbiplat.posteriors import export
 from sbiplat.posteriors.base import Posterior, fresh_seed
 from sbiplat.posteriors.chain import Chain
 from sbiplat.posteriors.steps import Columns, Derived, Factor, Pinned, Reparametrisation, Step, Target, Tilt
+from sbiplat.posteriors.weighted import Weighted, doubt
 from sbiplat.prior import Prior
 from sbiplat.runs import Run
 from sbiplat.settings import whole_seed
@@ -49,17 +46,13 @@ from sbiplat.simulator import Simulator, available, resolve
 
 Array = NDArray[np.float64]
 LogLikelihood = Callable[[Array, Any], ArrayLike]
-MOST_K_HAT = 0.7
 FAR = 4.5  # of z: one row in 10^5 lies beyond
-HARMLESS = 2.0  # k-hat has no scale: where no weight is above so many times the mean, its tail carries nothing
-FIGURES = ("efficiency", "ess", "k_hat", "log_evidence", "log_evidence_error")
 LEAST_DRAWS = 100
 PILOT_DRAWS = 2000
 ROWS_A_CALL = 16_384  # of a user's log_likelihood
 RIDGE = 1e-6
 NARROWER = 0.8  # the variance of r by that of z_P
-_PILOT, _RESAMPLE = 0x9117, 0x2E5A
-Figure = Any  # float, or (B,) for a batch
+_PILOT = 0x9117
 
 
 class JointSampler(Protocol):
@@ -68,116 +61,6 @@ class JointSampler(Protocol):
     def sample_and_log_prob(self, x: Fields, n: int, seed: int) -> tuple[NDArray[np.float32], Array, Array]:
         """z (B, n, D); log q(z, v | x), (B, n); and log K(v | z), the law of v given z, which the target must include, (B, n)."""
         ...
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """Draws with log weights: theta (n, D), log_weight (n,); of a batch of B observations (B, n, D) and (B, n).
-
-    Figures are floats, of a batch arrays (B,). prior: the one in force. chain: the steps by which the draws came about, as JSON.
-    evidence_of: what `log_evidence` is the logarithm of, in words.
-    """
-
-    posterior: Posterior
-    fields: Fields
-    batched: bool
-    draws: Array
-    log_weights: Array
-    seed: int
-    prior: Prior
-    chain: list[dict[str, Any]]
-    evidence_of: str
-    provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def theta(self) -> Array:
-        return self._own(self.draws)
-
-    @property
-    def log_weight(self) -> Array:
-        """log target - log q, not normalised."""
-        return self._own(self.log_weights)
-
-    @property
-    def weights(self) -> Array:
-        """Normalised: they sum to 1 over the draws of an observation."""
-        return self._own(self._weights)
-
-    @property
-    def ess(self) -> Figure:
-        """The effective number of draws."""
-        return self._own(self._ess)
-
-    @property
-    def efficiency(self) -> Figure:
-        """ESS / n."""
-        return self._own(self._ess / self.draws.shape[1])
-
-    @property
-    def k_hat(self) -> Figure:
-        """The Pareto shape of the largest weights, 0 where these are all alike; above 0.7 neither draws nor evidence are to be relied on,
-        unless no weight is above twice the mean: the shape has no scale."""
-        return self._own(self._k_hat)
-
-    @property
-    def log_evidence(self) -> Figure:
-        """log of the mean weight: see `evidence_of`."""
-        top = self.log_weights.max(1)
-        return self._own(top + np.log(np.exp(self.log_weights - top[:, None]).mean(1)))
-
-    @property
-    def log_evidence_error(self) -> Figure:
-        """Its standard error."""
-        n = self.draws.shape[1]
-        return self._own(np.sqrt(np.maximum(n / self._ess - 1, 0.0) / (n - 1)))
-
-    @cached_property
-    def _weights(self) -> Array:
-        w = np.exp(self.log_weights - self.log_weights.max(1, keepdims=True))
-        return w / w.sum(1, keepdims=True)
-
-    @property
-    def _ess(self) -> Array:
-        return 1 / np.square(self._weights).sum(1)
-
-    @cached_property
-    def _k_hat(self) -> Array:
-        return np.array([k_hat(row) for row in self.log_weights])
-
-    def _own(self, values: Array) -> Any:
-        return values if self.batched else values[0] if values.ndim > 1 else float(values[0])
-
-    def resample(self, n: int | None = None, *, seed: int = 0) -> Array:
-        """n draws of equal weight, by default as many as the (least) ESS, with replacement: (n, D), or (B, n, D)."""
-        count = max(1, int(self._ess.min())) if n is None else n
-        if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
-            raise SettingError(f"n must be a whole number of at least 1, got {n!r}")
-        rng = np.random.default_rng(np.random.SeedSequence(whole_seed(seed), spawn_key=(_RESAMPLE,)))
-        return self._own(np.stack([draws[rng.choice(len(w), int(count), p=w)] for draws, w in zip(self.draws, self._weights, strict=True)]))
-
-    def to_arviz(self, *, resampled: int | bool = False, seed: int = 0) -> Any:
-        """ArviZ InferenceData: the draws, with `log_weight` in the group sample_stats; or so many draws of equal weight without it."""
-        if resampled is False:
-            return export.to_arviz(self.prior, self.fields, self.batched, self.theta, self.seed, self.facts, self.log_weight)
-        theta = self.resample(None if resampled is True else resampled, seed=seed)
-        return export.to_arviz(self.prior, self.fields, self.batched, theta, self.seed, {**self.facts, "resampled_with_seed": seed})
-
-    def write(self, path: str | Path) -> None:
-        """Write the draws with their log weights to .nc, .h5 or .csv."""
-        export.write_draws(Path(path), self.prior, self.fields, self.batched, self.theta, self.seed, self.facts, self.log_weight)
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What is written into files of draws."""
-        figures = {f"importance_{name}": getattr(self, name) for name in FIGURES}
-        return {**self.posterior.facts, **self.provenance, **figures, "importance_evidence_of": self.evidence_of,
-                "chain": json.dumps(self.chain)}
-
-    def text(self) -> str:
-        """The figures in a line; of a batch the worst."""
-        worst = f" (the worst of {len(self.draws)})" if self.batched else ""
-        line = f"importance: efficiency {np.min(self.efficiency):.3g}, ESS {np.min(self.ess):.4g}, k-hat {np.max(self.k_hat):.2f}{worst}"
-        return line if self.batched else f"{line}; log of {self.evidence_of} {self.log_evidence:.4f} +- {self.log_evidence_error:.2g}"
 
 
 def importance(
@@ -221,19 +104,6 @@ def importance(
     if (line := doubt(made)) is not None:
         warnings.warn(line, stacklevel=3)
     return made
-
-
-def doubt(weighted: Weighted) -> Unreliable | None:
-    """The warning where k-hat is above 0.7, unless no weight is above twice the mean."""
-    k = np.atleast_1d(weighted.k_hat)
-    tops = np.atleast_2d(weighted.weights).max(1) * weighted.draws.shape[1]
-    bad = ~(k <= MOST_K_HAT) & (tops > HARMLESS)
-    if not bad.any():
-        return None
-    where = f" for {bad.sum()} of {len(k)} observations (at worst " if weighted.batched else " ("
-    return Unreliable(f"the importance weights are not to be relied on{where}k-hat = {k[bad].max():.2f}, above {MOST_K_HAT:g}; efficiency "
-                      f"{np.min(weighted.efficiency):.2g}): the posterior is too narrow somewhere, or far from the target; train longer or "
-                      "on more rows, or recalibrate")
 
 
 def likelihood_of(simulator: Simulator, posterior: Posterior) -> LogLikelihood:

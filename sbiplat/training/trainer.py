@@ -149,8 +149,7 @@ class _Training:
         """Train to the end and write the best weights."""
         state, settings = self.state, self.settings
         signals = Signals()
-        with signals.installed(), self.progress.task("train", self.total_steps) as advance:
-            advance(state["step"])
+        with signals.installed(), self.progress.task("train", self.total_steps, state["step"]) as advance:
             self._show_again()
             while state["epoch"] < settings.max_epochs and state["epoch"] - state["least_epoch"] <= settings.patience:
                 try:

@@ -15,8 +15,8 @@ import sbiplat as sp
 from sbiplat.errors import PriorError, SettingError, SimulatorError, Unreliable
 from sbiplat.observation import ObservationSpec
 from sbiplat.posteriors.base import Posterior
-from sbiplat.posteriors.importance import k_hat
 from sbiplat.posteriors.steps import in_words
+from sbiplat.posteriors.weighted import k_hat
 
 PRIOR = sp.Prior({"a": sp.Normal(0.0, 1.0), "b": sp.Normal(0.0, 1.0)})
 COV = np.array([[1.0, 0.6], [0.6, 0.5]])  # of x given theta
