@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,17 @@ from numpy.typing import NDArray
 from sbiplat import files
 from sbiplat.diagnostics.misspecification import Misspecification
 from sbiplat.diagnostics.predictive import Summaries, check_summaries, simulate, summarise
-from sbiplat.errors import ObservationError, RunError, SettingError, SimulatorError, Uncertified, UserError
-from sbiplat.estimators.equivariant import frame_of
-from sbiplat.gate import learning, signature
+from sbiplat.errors import ObservationError, SettingError, SimulatorError, UserError
 from sbiplat.gate.certificate import Certificate
-from sbiplat.gate.criteria import at_level
 from sbiplat.gate.door import load
 from sbiplat.nets import embeddings
-from sbiplat.observation import Fields, ObservationSpec, read_observation
+from sbiplat.observation import Fields, read_observation
 from sbiplat.prior import Prior
 from sbiplat.progress import Progress
 from sbiplat.report import figures, predictive, tested, worst
+from sbiplat.report.recorded import recorded_simulator, training, what
+from sbiplat.report.verdict import Verdict, verdict_of
+from sbiplat.report.words import number, to_digits
 from sbiplat.runs import Run
 from sbiplat.simulator import Simulator, available, resolve
 from sbiplat.symmetry import names
@@ -44,16 +43,6 @@ Array = NDArray[np.float64]
 PRIOR_DRAWS = 50_000
 LEAST_DRAWS = 100
 MOST_CHECKS = 20
-UNITS_OF_LOSS = {"npe": "nats", "nle": "nats"}
-LEVELS = {"draft": "an early sight that certifies nothing", "standard": "for use", "publication": "for a paper"}
-NOT_TESTED = {
-    "robustness": "whether small, deliberate or unlucky changes of the data mislead the posterior: it has no density to tell by",
-    "attacks by gradient": "changes of the data that follow the net's gradient; a search without gradients was made in their place",
-    "misspecification": "whether your observation is of the kind that the simulator makes: too few pairs were held out to calibrate the "
-                        "test; the certificate speaks only of data that it could have made",
-    "coverage of regions of highest density": "whether the most probable regions hold the truth as often as they claim: there is no "
-                                              "density to tell by",
-}
 
 
 def report(
@@ -80,12 +69,12 @@ def report(
     if simulator is not None:
         names.register_of(simulator)
     found = _find_simulator(run, simulator)
-    verdict = _verdict(run)
+    verdict = verdict_of(run)
     posterior, change, why = _posterior(run, verdict, x, found, int(draws), int(seed), embedding, summaries, progress)
     page = {
-        "run": str(run.path), "name": _simulator(run)["name"], "made": files.now(), "verdict": verdict,
-        "posterior": posterior, "gate": _gate(run, verdict, change, why, int(seed)), "training": _training(run),
-        "what": _what(run, found, verdict),
+        "run": str(run.path), "name": recorded_simulator(run)["name"], "made": files.now(), "verdict": verdict,
+        "posterior": posterior, "gate": _gate(run, verdict, change, why, int(seed)), "training": training(run),
+        "what": what(run, found.simulator, verdict),
     }
     with files.disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,84 +88,6 @@ def render(page: Mapping[str, Any]) -> str:
     environment.filters["number"] = number
     template = environment.from_string((package_files("sbiplat.report") / "page.html").read_text(encoding="utf-8"))
     return template.render(page).encode("utf-8", "replace").decode("utf-8")
-
-
-# ------------------------------------------------------------------------------------------------------- verdict
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What may be said of the posterior: `state` is certified, draft, refused, void (a certificate that does not hold) or untested."""
-
-    state: str
-    word: str
-    meaning: str
-    reason: str = ""
-    certificate: Certificate | None = None
-
-    @property
-    def failed(self) -> list[Any]:
-        return self.certificate.failed if self.certificate else []
-
-    @property
-    def diagnosis(self) -> list[Mapping[str, str]]:
-        """Findings on a refused posterior: defect, evidence, mend, command."""
-        return self.certificate.content.get("diagnosis", []) if self.certificate and self.state == "refused" else []
-
-    @property
-    def level(self) -> str:
-        """How much was tested, in words."""
-        level = self.certificate.level if self.certificate else ""
-        return f"{level}, {LEVELS[level]}" if level in LEVELS else level
-
-    @property
-    def signature(self) -> str:
-        """Who vouches for the certificate, in words."""
-        content = self.certificate.content if self.certificate else {}
-        if not content.get("signature"):
-            return "none; the certificate's hash guards against mistakes, not against forgery"
-        try:
-            return f"of the key {signature.check(content)}, and it fits"
-        except Uncertified as problem:
-            return f"does not hold: {problem}"
-        except SettingError as problem:
-            return f"not checked here: {problem}"
-
-    @property
-    def not_tested(self) -> list[tuple[str, str]]:
-        named = self.certificate.content.get("not_tested") if self.certificate else None
-        return [(str(v), NOT_TESTED.get(str(v), "")) for v in named] if isinstance(named, list) else []
-
-    @property
-    def changed(self) -> list[tuple[str, Any, Any]]:
-        """Thresholds that are not the default ones: name, here, by default."""
-        usual = asdict(at_level(self.certificate.level, {})) if self.certificate else {}
-        held = _items(self.certificate.content.get("thresholds")) if self.certificate else []
-        return [(name.replace("_", " "), value, usual.get(name)) for name, value in held if value != usual.get(name)]
-
-
-def _verdict(run: Run) -> Verdict:
-    if not (run.path / "certificate.json").is_file():
-        return Verdict("untested", "NOT YET GATED",
-                       f"Nobody has tested this posterior. Run `sbiplat gate {run.path}`; until then none is shown here.")
-    try:
-        certificate = Certificate.read(run).require_bound(run)
-    except (Uncertified, SettingError) as reason:
-        return Verdict("void", "CERTIFICATE VOID", "The certificate does not hold for these weights, this code and this bank, so "
-                       "nothing vouches for this posterior and none is shown here.", str(reason))
-    if not certificate.passed:
-        failed, total = len(certificate.failed), len(certificate.criteria)
-        return Verdict("refused", "REFUSED", f"The posterior failed {failed} of the gate's {total} criteria: its probabilities "
-                       "are not to be relied on, and none are shown here.", certificate=certificate)
-    pairs = certificate.figures.get("pairs", "the")
-    if not certificate.certifies:
-        return Verdict("draft", "DRAFT", f"The posterior met every criterion on a first {pairs} held-out simulations. That is an early "
-                       f"sight and certifies nothing: run `sbiplat gate {run.path}`; until then no posterior is shown here.",
-                       certificate=certificate)
-    return Verdict("certified", "CERTIFIED", f"The posterior met every criterion of the gate on {pairs} held-out simulations: "
-                   "over data that the simulator makes under the prior, its probabilities are on average, within the limits "
-                   "below, the frequencies that they claim to be. That says calibrated, not sharp: a better embedding or a "
-                   "larger bank may still give a narrower posterior. Compare the information of two runs.", certificate=certificate)
 
 
 # --------------------------------------------------------------------------------------- observation and simulator
@@ -221,14 +132,8 @@ class Found:
     warning: str = ""
 
 
-def _simulator(run: Run) -> dict[str, str]:
-    """The bank's simulator as the run records it: name, spec, source_digest."""
-    recorded = dict(_items(run.record["bank"].get("simulator")))
-    return {key: str(recorded.get(key, "")) for key in ("name", "spec", "source_digest")}
-
-
 def _find_simulator(run: Run, given: Simulator | str | None) -> Found:
-    name, digest = _simulator(run)["name"], _simulator(run)["source_digest"]
+    name, digest = recorded_simulator(run)["name"], recorded_simulator(run)["source_digest"]
     if given is not None:
         made = resolve(given)
         if made.x.shapes != run.x.shapes or made.prior.names != run.prior.names:
@@ -304,24 +209,6 @@ def table(prior: Prior, theta: Array, before: Array) -> list[dict[str, Any]]:
     return rows
 
 
-def to_digits(value: float, error: float) -> str:
-    """A value to the third significant digit of its error."""
-    if not math.isfinite(value) or not math.isfinite(error) or error <= 0:
-        return f"{value:.6g}"
-    decimals = 2 - math.floor(math.log10(error))
-    if abs(value) < 1e7 and decimals <= 6:
-        return f"{round(value, decimals) + 0.0:.{max(decimals, 0)}f}".replace("-", "−")
-    digits = decimals + math.floor(math.log10(max(abs(value), error)))
-    return f"{value:.{min(max(digits, 0), 15)}e}".replace("-", "−")
-
-
-def number(value: Any) -> str:
-    """A figure of a certificate or setting as text; what is no number is shown as it is."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:.4g}".replace("-", "−").replace("inf", "∞") if isinstance(value, float) else str(value)
-
-
 def _sight(found: Misspecification) -> dict[str, Any]:
     """Whether the observation is of the kind that the simulator makes."""
     return {"p_value": float(found.p_value[0]), "unusual": found.unusual, "text": found.text() if found.unusual else "",
@@ -393,115 +280,3 @@ def _tested(run: Run, certificate: Certificate, change: worst.Change | None, why
                                                                       lambda: tested.robustness(arrays, measured)),
         "change": section("The worst change is", changed),
     }
-
-
-# ------------------------------------------------------------------------------------------------ training and run
-
-
-def _training(run: Run) -> dict[str, Any]:
-    metrics = [m for m in run.metrics() if isinstance(m, Mapping) and isinstance(m.get("epoch"), int)]
-    outcome = _items(run.record.get("outcome"))
-    best = dict(outcome).get("best_epoch")
-    unit = UNITS_OF_LOSS.get(run.architecture.estimator, "")
-    curves = figures.loss_curves(metrics, best if isinstance(best, int) else None, unit) if metrics else None
-    return {"figure": figures.image(curves) if curves else None, "curve": _learning_curve(run), "outcome": _texts(outcome),
-            "rows": _texts([(k, v) for k, v in _items(run.record["split"]) if k != "digest"]), "symmetry": _texts(_symmetry(run))}
-
-
-def _symmetry(run: Run) -> list[tuple[str, Any]]:
-    """Of GNPE: each coordinate's kernel, and how far the prior is from flat; nothing of other runs."""
-    about = run.architecture.symmetry
-    if about is None or "widths" not in about:
-        return []
-    try:
-        names_of = frame_of(about).action.coordinates
-    except UserError:  # a user's own action, which is not at hand
-        names_of = tuple(f"coordinate {k + 1}" for k in range(len(about["widths"])))
-    each = zip(names_of, about["widths"], about["spread"], about["told"], strict=True)
-    wider = ", times that spread at x beside its median" if about["stretch"] else ""
-    return [*((f"kernel of {name}", f"width {number(w)}{wider}, for an initial net's spread of {number(s)}; the net is "
-               f"{'' if told else 'not '}told the proxy") for name, w, s, told in each),
-            ("change of the log prior over the spread", about["slope"]),
-            ("share of such moves beyond the prior's edges", about["leaving"]), ("Gibbs steps at most", about["gibbs_steps"])]
-
-
-def _learning_curve(run: Run) -> dict[str, Any] | None:
-    """The learning curve where one was measured of these weights."""
-    try:
-        curve = learning.read(run)
-    except RunError as problem:
-        return {"figure": None, "why": f"The learning curve is left out: {problem}."}
-    if curve is None:
-        return None
-    drawn = figures.learning_curve(curve.rows, curve.log_density, curve.gains, curve.next_gain)
-    return {"figure": figures.image(drawn), "why": "", "statement": curve.statement, "held_out": curve.held_out}
-
-
-def _what(run: Run, found: Found, verdict: Verdict) -> dict[str, Any]:
-    """Simulator card, bank, settings, seeds, versions and digests."""
-    record, simulator, recorded = run.record, found.simulator, _simulator(run)
-    seeds = [("bank", record["bank"].get("seed")), ("training", record["seed"])]
-    digests = [("bank", run.bank_digest), ("weights", run.weights_digest), ("architecture and prior", run.config_digest),
-               ("split", dict(_items(record["split"])).get("digest")), ("simulator's source", recorded["source_digest"])]
-    if verdict.certificate is not None:
-        seeds += [(k, v) for k, v in _items(verdict.certificate.content.get("seeds")) if k not in dict(seeds)]
-        digests.append(("certificate", verdict.certificate.sha256))
-    estimator = [("estimator", run.architecture.estimator), *_items(record["architecture"].get("settings"))]
-    if verdict.certificate is not None and verdict.certificate.chain:
-        estimator.insert(1, ("chain of steps", verdict.certificate.chain))
-    parameters = zip(run.prior.names, run.prior.units, _laws(run.prior), *run.prior.support, strict=True)
-    return {
-        "summary": simulator.summary if simulator else "", "citation": simulator.citation if simulator else "",
-        "spec": recorded["spec"], "created": str(record.get("created", "")),
-        "parameters": [{"name": name, "unit": unit, "law": law, "low": _bound(low, "−∞"), "high": _bound(high, "∞")}
-                       for name, unit, law, low, high in parameters],
-        "x": _texts(_about_x(run.x)), "bank": _texts(_bank(run)),
-        "settings": [("estimator", _texts(estimator)), ("training", _texts(_items(record["training"])))],
-        "seeds": _texts(seeds), "versions": _texts(_items(record.get("versions"))), "digests": _texts(digests),
-    }
-
-
-def _bound(value: float, infinite: str) -> str:
-    return number(float(value)) if math.isfinite(value) else infinite
-
-
-def _laws(prior: Prior) -> list[str]:
-    marginals = getattr(prior.law, "marginals", None)
-    if marginals is None:
-        return [f"joint: {', '.join(prior.law.to_json())}"] * prior.dim
-    settings = [", ".join(number(getattr(m, f.name)) for f in fields(m) if f.name != "unit") for m in marginals]
-    return [f"{type(m).__name__}({text})" for m, text in zip(marginals, settings, strict=True)]
-
-
-def _about_x(x: ObservationSpec) -> list[tuple[str, Any]]:
-    most = 40
-    labels = ", ".join(x.labels[:most]) + (f" and {len(x.labels) - most} more" if len(x.labels) > most else "")
-    axis = f"{x.axis[0]}, {x.axis[1][0]:g} to {x.axis[1][-1]:g}" if x.axis[1] else ""
-    known = [("shape", x.shape_text()), ("dtype", x.dtype), ("unit", x.unit), ("labels", labels), ("axis", axis),
-             ("transform", ", ".join(sorted(set(x.transform.values()))))]
-    return [(name, value) for name, value in known if value]
-
-
-def _bank(run: Run) -> list[tuple[str, Any]]:
-    known = [(key.replace("_", " "), run.record["bank"].get(key)) for key in ("digest", "path", "rows", "block_size")]
-    try:
-        bank = run.bank()
-        counts, info = bank.status_counts(), bank.info()
-    except (UserError, OSError, RuntimeError, ValueError, KeyError, TypeError) as problem:
-        return [*known, ("status", f"the bank could not be opened: {problem}")]
-    return [*known, ("status", ", ".join(f"{count} {name}" for name, count in counts.items() if count or name == "ok")),
-            ("simulation time", f"{info['simulation_seconds']:.3g} s"), ("made", info["created"])]
-
-
-def _items(value: Any) -> list[tuple[str, Any]]:
-    return [(str(k), v) for k, v in value.items()] if isinstance(value, Mapping) else []
-
-
-def _texts(pairs: list[tuple[str, Any]]) -> list[tuple[str, str]]:
-    """Names and values as a reader would write them."""
-    def text(value: Any) -> str:
-        if isinstance(value, list | tuple):
-            return ", ".join(text(v) for v in value)
-        return "none" if value is None else {True: "yes", False: "no"}[value] if isinstance(value, bool) else number(value)
-
-    return [(name.replace("_", " "), text(value)) for name, value in pairs]

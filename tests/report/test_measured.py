@@ -23,7 +23,7 @@ from sbiplat.gate.certificate import hashed
 from sbiplat.observation import ObservationSpec
 from sbiplat.progress import silent
 from sbiplat.report import figures, tested, worst
-from sbiplat.report.page import number
+from sbiplat.report.words import number
 
 ROBUST = {"attacked": 12, "attack_steps": 4, "attack_restarts": 1, "attack_queries": 10, "excess": 100.0, "attacked_coverage": 1.0,
           "masking": 1e3}

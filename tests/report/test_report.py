@@ -20,7 +20,8 @@ from sbiplat.observation import ObservationSpec
 from sbiplat.progress import silent
 from sbiplat.report import figures, predictive
 from sbiplat.report.figures.posterior import _Coordinate
-from sbiplat.report.page import report, to_digits
+from sbiplat.report.page import report
+from sbiplat.report.words import to_digits
 
 NAME = "<svg onload=alert(1)>"
 BAD_UNIT = "</td><script>alert('unit')</script>"
@@ -241,9 +242,9 @@ def test_certificate_that_does_not_hold_vouches_for_nothing(run: Path, spoil: An
 
 def test_certificate_is_asked_for_again_when_the_posterior_is_loaded(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = sys.modules["sbiplat.report.page"]
-    held = page._verdict(sp.Run.open(run))
+    held = page.verdict_of(sp.Run.open(run))
     _other_weights(run)
-    monkeypatch.setattr(page, "_verdict", lambda run: held)  # the weights change while the report is being made
+    monkeypatch.setattr(page, "verdict_of", lambda run: held)  # the weights change while the report is being made
     again = page_of(run, X)
     assert "posterior-table" not in again.ids
     assert "The posterior cannot be loaded: the certificate of" in again.text
