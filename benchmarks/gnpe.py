@@ -19,6 +19,8 @@ both measured in turn, medians.
 
     OMP_NUM_THREADS=1 taskset -c 0 python benchmarks/gnpe.py --problems location
     OMP_NUM_THREADS=1 taskset -c 1 python benchmarks/gnpe.py --parts methods --budgets 200000
+    OMP_NUM_THREADS=1 taskset -c 2 python benchmarks/gnpe.py --problems damped_oscillator --parts reference methods --methods npe gnpe \
+        --budgets 50000 --steps 24000 --results gnpe_long
     python benchmarks/gnpe.py --show                            # only print what is there
 """
 
@@ -30,7 +32,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -59,7 +61,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "npe": {"symmetry": "none"}, "npe-cnn1d": {"symmetry": "none", "embedding": "cnn1d"}, "augment": {"symmetry": "augment"},
     "gnpe": {"symmetry": "gnpe"}}
 PLAIN = ("npe", "npe-cnn1d")
-STEPS = 8_000  # of a training, whatever the budget, unless the validation loss stops falling
 BATCHES = {1_000: 64, 10_000: 256}  # rows a step; 512 of larger budgets
 PARTS = ("reference", "methods", "mcmc")
 SEED, BANK_SEED, TRAINING_SEED = 20261121, 1, 0
@@ -100,7 +101,8 @@ PROBLEMS = {
 @dataclass(frozen=True)
 class Size:
     """draws: a side. timed: draws whose seconds are told. pool: proposals of the importance weights, in sets of `timed`. watched:
-    observations on which costs are measured, so many times each. settings: of every training, beside the problem's."""
+    observations on which costs are measured, so many times each. steps: of a training, whatever the budget, unless the validation loss
+    stops falling. settings: of every training, beside the problem's."""
 
     draws: int = 10_000
     timed: int = 5_000
@@ -110,6 +112,7 @@ class Size:
     repeats: int = 3
     walkers: int = 100
     longest: float = 600.0  # seconds of one chain
+    steps: int = 8_000
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -192,7 +195,7 @@ def one(name: str, method: str, budget: int, size: Size = FULL) -> dict[str, Any
     simulator, references = resolve(PROBLEMS[name].simulator), known(name, size)
     with tempfile.TemporaryDirectory() as folder:
         bank = sp.simulate(simulator, budget, BANK_SEED, Path(folder) / "bank", progress=silent)
-        seconds, run = timed(lambda: trained(name, method, bank, Path(folder) / "run", size.settings))
+        seconds, run = timed(lambda: trained(name, method, bank, Path(folder) / "run", size))
         posterior = sp.load(run, allow_uncertified=True)
         cell = {**made(), "training_seconds": seconds, "draws": size.draws,
                 **against(name, references, [_attempt(posterior, r.x, len(r.draws), k) for k, r in enumerate(references)])}
@@ -204,13 +207,13 @@ def one(name: str, method: str, budget: int, size: Size = FULL) -> dict[str, Any
     return cell
 
 
-def trained(name: str, method: str, bank: sp.Bank, out: Path, settings: Mapping[str, Any]) -> Run:
+def trained(name: str, method: str, bank: sp.Bank, out: Path, size: Size) -> Run:
     """A method's run on a bank."""
     problem, batch = PROBLEMS[name], BATCHES.get(bank.rows, 512)
-    epochs = math.ceil(STEPS * batch / (0.85 * bank.rows))  # the rest is set apart
+    epochs = math.ceil(size.steps * batch / (0.85 * bank.rows))  # the rest is set apart
     length = {"batch_size": batch, "max_epochs": epochs, "patience": max(20, epochs // 10)}
     return sp.train(bank, "npe", out=out, seed=TRAINING_SEED, simulator=resolve(problem.simulator), progress=silent,
-                    **{**length, **problem.settings, **METHODS[method], **settings})
+                    **{**length, **problem.settings, **METHODS[method], **size.settings})
 
 
 @dataclass(frozen=True)
@@ -382,11 +385,14 @@ def main(arguments: Sequence[str] | None = None, size: Size = FULL) -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, choices=BUDGETS + MORE,
                         help="simulations; above 50,000 npe alone, of problems that ask for it")
+    parser.add_argument("--steps", type=int, default=size.steps, help="of a training; of another number, name another --results")
     parser.add_argument("--results", default="gnpe", help="the name of the file of results")
     parser.add_argument("--show", action="store_true", help="only print what is there")
     parser.add_argument("--plot", type=Path, help="and draw C2ST against the budget into this .svg")
     args = parser.parse_args(arguments)
-    cells = Cells(args.results)
+    if args.steps != size.steps and args.results == "gnpe":
+        parser.error("cells of another number of steps want a file of their own: --results NAME")
+    cells, size = Cells(args.results), replace(size, steps=args.steps)
     if not args.show:
         if os.environ.get("OMP_NUM_THREADS") != "1":
             parser.error("seconds are those of one thread: set OMP_NUM_THREADS=1 before python starts")
