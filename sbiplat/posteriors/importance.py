@@ -134,18 +134,6 @@ def simulator_of_run(run: Run, given: Simulator | str | None, command: str) -> S
     return made
 
 
-def k_hat(log_weights: Array) -> float:
-    """The Pareto shape of the largest of log weights (n,), by `arviz.psislw`; 0 where these are all alike, inf where too few are not 0."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # ArviZ announces its own next version at every import; its warnings of k are ours to give
-        from arviz import psislw
-
-        found = float(psislw(np.array(log_weights))[1])
-    n, top = len(log_weights), log_weights.max()
-    flat = (log_weights >= top - 1e-9).sum() >= math.ceil(min(0.2 * n, 3 * math.sqrt(n)))  # the tail, of which psislw finds no shape
-    return 0.0 if flat else math.inf if math.isnan(found) else found
-
-
 # ----------------------------------------------------------------------------------------------------------- the target
 
 
