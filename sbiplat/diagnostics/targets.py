@@ -186,7 +186,7 @@ class Equivariant:
 
         def context(x: Data) -> Tensor:
             proxy = frame.action.identity(1).to(next(main.parameters()).device)
-            return main.context(main.prepare_differentiably(frame.standardise(x, proxy, sampler.estimator.stretch(x))))
+            return main.context(main.prepare_differentiably(frame.standardise(x, proxy, sampler.estimator.sight(x))))
 
         self.gradients = _has_gradients(context, sampler.estimator)
 

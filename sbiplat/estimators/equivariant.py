@@ -7,7 +7,8 @@ Two nets: the initial one learns the pose, q(p(theta) | x); the main one learns 
 
 with L the base's loss (npe, fmpe, npse), and fresh proxies in every step; see `symmetry.frame` for u. The initial net is trained before,
 and frozen; it says how wide the kernel K is to be, at each x where posteriors of the pose are of very different spread, and where chains
-begin (`posteriors.gnpe`). All nets are one module with one set of weights.
+begin (`posteriors.gnpe`). There the main net is told too where the initial one sees the pose, from its proxy: else a net that hardly sees
+a faint signal gives back the kernel, and its chains wander over the prior. All nets are one module with one set of weights.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from sbiplat.nets.standardise import robust_scale
 from sbiplat.prior import Prior
 from sbiplat.settings import build as build_settings
 from sbiplat.symmetry import names
-from sbiplat.symmetry.frame import PROXY, Frame, centred, clipped
+from sbiplat.symmetry.frame import PROXY, Frame, Sight, centred, clipped
 from sbiplat.symmetry.settings import GNPE, SymmetrySettings
 
 INITIAL = "initial"
@@ -121,11 +122,12 @@ class PoseNet(Estimator):
     def loss(self, theta: Tensor, x: dict[str, Tensor]) -> Tensor:
         return self.net.loss(self.coordinates(theta), x)
 
-    def spread(self, context: Tensor) -> Tensor:
-        """The standard deviation of each coordinate, (B, P), by draws that are a function of the context, clipped."""
+    def summary(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The centre (B, S) of the pose and the standard deviation of each coordinate (B, P), by draws that are a function of the
+        context, clipped."""
         drawn = self.net.sample(context, SPREAD_DRAWS, Common(_SPREAD_SEED)).double()
-        poses = self.frame.action.exp(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
-        return clipped(centred(self.frame.action, poses)[1]).std(1).clamp_min(1e-150)
+        centre, v = centred(self.frame.action, self.frame.action.exp(drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2]))
+        return centre, clipped(v).std(1).clamp_min(1e-150)
 
 
 class Equivariant(Estimator):
@@ -143,7 +145,8 @@ class Equivariant(Estimator):
         self.most_steps: int = build_settings(SymmetrySettings, {"gibbs_steps": symmetry["gibbs_steps"]}).gibbs_steps
         self.spread, self.ends = _spread_of(symmetry)
         zeros = {k: torch.zeros(2, *shape) for k, shape in architecture.x.shapes.items()}
-        self.frame.standardise(zeros, self.frame.action.identity(2), torch.zeros(2, len(self.frame.widths)))
+        here = self.frame.action.identity(2)
+        self.frame.standardise(zeros, here, Sight(torch.zeros(2, len(self.frame.widths)), here))
         if architecture.estimator not in BASES:
             raise SettingError(f"symmetry = 'gnpe' goes with {', '.join(BASES)}, and the estimator is {architecture.estimator}")
         base = find(architecture.estimator)
@@ -169,13 +172,14 @@ class Equivariant(Estimator):
         return ",".join(f"{k}={v}" for k, v in {**parts, PROXY: "none"}.items())
 
     @torch.no_grad()
-    def stretch(self, x: dict[str, Tensor]) -> Tensor | None:
-        """log f (B, P) of x: how much wider than `frame.widths` the kernel is there; None where it is the same for all x."""
+    def sight(self, x: dict[str, Tensor]) -> Sight | None:
+        """How much wider than `frame.widths` the kernel is at x, and where the initial net sees the pose; None where the kernel is the
+        same for all x."""
         if self.ends is None:
             return None
-        wide = self.initial.spread(self.context(x))
+        centre, wide = self.initial.summary(self.context(x))
         low, high = wide.new_tensor(self.ends)
-        return torch.minimum(torch.maximum((wide / wide.new_tensor(self.spread)).log(), low), high).float()
+        return Sight(torch.minimum(torch.maximum((wide / wide.new_tensor(self.spread)).log(), low), high).float(), centre)
 
     def nat(self) -> float:
         return self.main.nat()
@@ -186,9 +190,10 @@ class Equivariant(Estimator):
 
     def seen_from(self, theta: Tensor, x: dict[str, Tensor], generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """u and x' of rows, each from a proxy of its own."""
-        pose, stretch = self.frame.pose(theta), self.stretch(x)
-        proxy = self.frame.action.blur(pose, self.frame.kernel_widths(pose, stretch), generator)
-        return self.frame.to_relative(theta, proxy, stretch)[0], self.frame.standardise(x, proxy, stretch)
+        pose, sight = self.frame.pose(theta), self.sight(x)
+        log_f = None if sight is None else sight.log_f
+        proxy = self.frame.action.blur(pose, self.frame.kernel_widths(pose, log_f), generator)
+        return self.frame.to_relative(theta, proxy, log_f)[0], self.frame.standardise(x, proxy, sight)
 
     def prepare(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
         """x as it is: it is standardised anew in every step."""

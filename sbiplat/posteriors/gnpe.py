@@ -95,7 +95,8 @@ class GNPESampler(Contexts):
     def widths(self, x: dict[str, Tensor], n: int = 1) -> Tensor:
         """The kernel's widths (b n, P), of n rows for each x (b, ...)."""
         like = next(iter(x.values()))
-        each = self.frame.kernel_widths(like, self.estimator.stretch(x))
+        sight = self.estimator.sight(x)
+        each = self.frame.kernel_widths(like, None if sight is None else sight.log_f)
         return each.expand(len(like), -1).repeat_interleave(n, 0)
 
     # ------------------------------------------------------------------------------------------------------ draws
@@ -172,13 +173,13 @@ class GNPESampler(Contexts):
         """The main net's contexts of rows in passes, of x[owner] seen from proxies (R, S); with log f of an adaptive kernel."""
         main = self.estimator.main
         row = sum(v[0].numel() * v.element_size() for v in x.values())
-        size, stretch = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row))), self.estimator.stretch(x)
-        look = self.frame.standardiser(x, stretch)
+        size, sight = max(1, min(ROWS_PER_PASS, BYTES_PER_PASS // max(1, row))), self.estimator.sight(x)
+        look = self.frame.standardiser(x, sight)
         for a in range(0, len(proxy), size):
             rows = slice(a, a + size)
             seen = look(proxy[rows], owner[rows])
             context = main.context(main.prepare_differentiably(seen) if torch.is_grad_enabled() else main.prepare(seen))
-            yield rows, context, None if stretch is None else stretch[owner[rows]]
+            yield rows, context, None if sight is None else sight.log_f[owner[rows]]
 
     # -------------------------------------------------------------------------------------------------- densities
 

@@ -6,7 +6,8 @@ r"""The frame of a proxy: theta and x as they are seen from :math:`\hat g`,
 with z the prior's normal coordinates. Where the action is exact and the prior is flat over the posterior, q(u | x', g) does not depend on
 the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy` of x'. A kernel may be f(x) times as wide at x. Then
 q(u | x', g) depends on the proxy through f alone, since :math:`K_f` does, and the net is told log f: that is exact for any function f. What
-u has of the moved parameters is in units of f, where a factor moves as many as it has coordinates.
+u has of the moved parameters is in units of f, where a factor moves as many as it has coordinates. Beside log f the net is told where it
+has been said, from all of x, that the pose lies, as seen from the proxy: a function of x and the proxy, that changes no exact conditional.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,10 +36,22 @@ PROXY = "proxy"
 Array = NDArray[np.float64]
 
 
+class Sight(NamedTuple):
+    """What all of x says of the pose, of an adaptive kernel: log f (B, P), by which the kernel is wider there, and about where the pose
+    lies, (B, S)."""
+
+    log_f: Tensor
+    centre: Tensor
+
+    def of(self, owner: Tensor) -> Sight:
+        """Of the rows of x, (R,)."""
+        return Sight(self.log_f[owner], self.centre[owner])
+
+
 @dataclass(frozen=True)
 class Frame:
     """widths: kappa of each tangent coordinate, in its own unit. told: of each coordinate, whether the net is told the proxy's. adaptive:
-    whether kernels are wider or narrower at each x, which the net is told then."""
+    whether kernels are wider or narrower at each x; the net is told its `Sight` then."""
 
     action: GroupAction
     prior: Prior
@@ -148,27 +161,30 @@ class Frame:
 
     # --------------------------------------------------------------------------------------------------------- x
 
-    def standardise(self, x: Fields, proxy: Tensor, stretch: Tensor | None = None) -> Fields:
-        """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them, and log f (B, P) of an adaptive kernel."""
-        return self._with_told(self.action.act_data(self.action.inverse(proxy), x), proxy, stretch)
+    def standardise(self, x: Fields, proxy: Tensor, sight: Sight | None = None) -> Fields:
+        """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them; of an adaptive kernel also log f, and the
+        coordinates of sight's centre seen from the proxy, in widths of the kernel."""
+        return self._with_told(self.action.act_data(self.action.inverse(proxy), x), proxy, sight)
 
-    def standardiser(self, x: Fields, stretch: Tensor | None = None) -> Callable[[Tensor, Tensor], Fields]:
+    def standardiser(self, x: Fields, sight: Sight | None = None) -> Callable[[Tensor, Tensor], Fields]:
         """x' as a function of proxies (R, S) and of the rows of x, (R,), that they are of."""
         orbits = self.action.orbits(x)
         return lambda proxy, owner: self._with_told(orbits(self.action.inverse(proxy), owner), proxy,
-                                                    None if stretch is None else stretch[owner])
+                                                    None if sight is None else sight.of(owner))
 
     @property
     def numbers_told(self) -> int:
         """How many numbers the net is told beside x'."""
-        return sum(self.told) + (len(self.told) if self.adaptive else 0)
+        return sum(self.told) + (2 * len(self.told) if self.adaptive else 0)
 
-    def _with_told(self, x: Fields, proxy: Tensor, stretch: Tensor | None) -> Fields:
+    def _with_told(self, x: Fields, proxy: Tensor, sight: Sight | None) -> Fields:
         if not self.numbers_told:
             return x
-        coordinates = self.action.log(proxy)[:, [k for k, told in enumerate(self.told) if told]]
+        parts = [self.action.log(proxy)[:, [k for k, told in enumerate(self.told) if told]]]
+        if sight is not None:
+            parts += [sight.log_f, self.action.between(proxy, sight.centre) / self.kernel_widths(proxy, sight.log_f)]
         dtype = next(iter(x.values())).dtype
-        return {**x, PROXY: torch.cat([coordinates.to(dtype), *([] if stretch is None else [stretch.to(dtype)])], 1)}
+        return {**x, PROXY: torch.cat([part.to(dtype) for part in parts], 1)}
 
     def spec(self, x: ObservationSpec) -> ObservationSpec:
         """The form of x'."""

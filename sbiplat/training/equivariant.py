@@ -171,7 +171,7 @@ def measured(wanted: Plan, initial: Run) -> Kernel:
     own, stretch = torch.tensor(widths, dtype=torch.float64), None
     if adaptive:
         with torch.no_grad():
-            f = (net.spread(contexts) / spread).log()
+            f = (net.summary(contexts)[1] / spread).log()
         most = (WIDEST * torch.as_tensor(of_prior) / own).log().clamp_min(0.0)
         low, high = f.amin(0), torch.minimum(f.amax(0), most)
         own, stretch = own * torch.minimum(torch.maximum(f, low), high).exp(), (tuple(low.tolist()), tuple(high.tolist()))

@@ -51,11 +51,11 @@ class Gaussian:
         return (-0.5 * ((u.double() - mean) / sd).square() - sd.log() - 0.5 * LOG_2PI).sum(-1)
 
 
-def sampler_of(frame, initial, main, most_steps=400, stretch=None):
+def sampler_of(frame, initial, main, most_steps=400, sight=None):
     """The sampler of an estimator with these laws of the pose and of u given x'."""
     law = Gaussian(main)
     net = SimpleNamespace(frame=frame, most_steps=most_steps, initial=SimpleNamespace(net=Gaussian(initial), prepare=lambda x: x), main=law,
-                          stretch=stretch or (lambda x: None))
+                          sight=sight or (lambda x: None))
     net.eval = lambda: net
     return GNPESampler(net, law)
 

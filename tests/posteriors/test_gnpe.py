@@ -19,7 +19,7 @@ from sbiplat.posteriors.base import Posterior
 from sbiplat.posteriors.convergence import ChainError, Convergence, judging
 from sbiplat.posteriors.recalibrated import Maps, RecalibratedSampler
 from sbiplat.symmetry import Translation
-from sbiplat.symmetry.frame import PROXY, Frame
+from sbiplat.symmetry.frame import PROXY, Frame, Sight
 from sbiplat.training.equivariant import predicted_steps
 from simulators import location
 
@@ -229,8 +229,9 @@ def of_pair(told=lambda log_f: log_f, ratio=0.5):
 
     def main(x):
         mean, s = moments(x)
-        share = 1 / (1 + (s / (ratio * told(x[PROXY]).exp())).square())  # kappa^2 / (s^2 + kappa^2)
-        f = x[PROXY].exp()
+        log_f = x[PROXY][:, :1]
+        share = 1 / (1 + (s / (ratio * told(log_f).exp())).square())  # kappa^2 / (s^2 + kappa^2)
+        f = log_f.exp()
         return share * mean / f, share.sqrt() * s / f
 
     def initial(x):
@@ -238,7 +239,7 @@ def of_pair(told=lambda log_f: log_f, ratio=0.5):
         return mean + 5 * s, 3 * s
 
     frame = Frame(Translation(("mu",)), FLAT, (ratio,), (False,), adaptive=True)
-    return sampler_of(frame, initial, main, stretch=lambda x: moments(x)[1].log())
+    return sampler_of(frame, initial, main, sight=lambda x: Sight(moments(x)[1].log(), moments(x)[0]))
 
 
 def test_an_adaptive_kernel_is_exact_and_takes_as_many_steps_whatever_the_spread():
@@ -272,6 +273,30 @@ def test_power_a_net_that_is_told_another_width_has_another_law():
     m, s = FAINT["x"].mean(1), np.ptp(FAINT["x"], axis=1) / 2
     theta = theta_of(sampler.sample(FAINT, 4000, 0), FLAT)
     assert all(stats.kstest(theta[k], stats.norm(m[k], s[k]).cdf).pvalue < 1e-4 for k in range(3))
+
+
+def blind(law, ratio=0.5):
+    """A main net that sees nothing of x, `law` of u being all that it makes of what it is told: log f = log s(x), and the centre m(x)
+    from the proxy, in widths of the kernel."""
+    def initial(x):
+        return x["x"].mean(-1, keepdim=True), (x["x"][:, 1:] - x["x"][:, :1]).abs() / 2
+
+    frame = Frame(Translation(("mu",)), FLAT, (ratio,), (False,), adaptive=True)
+    return sampler_of(frame, initial, lambda x: law(x[PROXY][:, 1:]), sight=lambda x: Sight(initial(x)[1].log(), initial(x)[0]), most_steps=100)
+
+
+def test_a_net_that_sees_nothing_itself_still_has_the_initial_nets_law():
+    """u given the centre's place c from the proxy: N(kappa c share, share s^2) in units of f = s, share = kappa^2 / (s^2 + kappa^2)."""
+    share = 0.5**2 / (1 + 0.5**2)
+    theta = theta_of(blind(lambda c: (share * 0.5 * c, torch.full_like(c, math.sqrt(share)))).sample(FAINT, 4000, 0), FLAT)
+    m, s = FAINT["x"].mean(1), np.ptp(FAINT["x"], axis=1) / 2
+    assert all(stats.kstest(theta[k], stats.norm(m[k], s[k]).cdf).pvalue > 1e-3 for k in range(3))
+
+
+def test_power_a_net_that_is_not_told_where_the_pose_is_wanders_off():
+    """All that it knows of u is the kernel, and chains of the kernel are a random walk."""
+    with pytest.raises(ChainError, match="have not converged"):
+        blind(lambda c: (torch.zeros_like(c), torch.full_like(c, 0.5))).sample(FAINT, 4000, 0)
 
 
 # ----------------------------------------------------------------------------------------------- facts in files

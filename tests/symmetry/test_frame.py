@@ -10,7 +10,7 @@ import torch
 
 import sbiplat as sp
 from sbiplat.symmetry import GroupAction, Product, Rotation2D, Scaling, Translation
-from sbiplat.symmetry.frame import Frame
+from sbiplat.symmetry.frame import PROXY, Frame, Sight
 
 
 @dataclass(frozen=True)
@@ -88,3 +88,18 @@ def test_a_factor_that_moves_nothing_widens_its_kernel_alone():
     assert torch.equal(one[1], other[1])
     widths = frame.kernel_widths(z, wider) / frame.kernel_widths(z, log_f)
     torch.testing.assert_close(widths, torch.tensor([math.e, 1.0, 1.0, 1.0], dtype=torch.float64).expand(len(z), 4))
+
+
+def test_the_net_is_told_the_proxy_log_f_and_the_centre_as_it_is_seen_from_the_proxy():
+    frame, z, proxy, log_f = case()
+    centre = frame.action.blur(frame.pose(z), frame.kernel_widths(z), torch.Generator().manual_seed(1))
+    x = {"x": torch.zeros(len(z), 2, dtype=torch.float64)}
+    told = frame.standardise(x, proxy, Sight(log_f, centre))[PROXY]
+    assert told.shape == (len(z), frame.numbers_told) == (len(z), 10)
+    torch.testing.assert_close(told[:, :2], frame.action.log(proxy)[:, [0, 2]])
+    torch.testing.assert_close(told[:, 2:6], log_f)
+    torch.testing.assert_close(told[:, 6:], frame.action.log(frame.action.compose(frame.action.inverse(proxy), centre))
+                               / frame.kernel_widths(proxy, log_f))
+    rows = torch.tensor([3, 0, 3])
+    look = frame.standardiser(x, Sight(log_f, centre))
+    torch.testing.assert_close(look(proxy[rows], rows)[PROXY], told[rows])

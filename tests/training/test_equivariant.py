@@ -381,9 +381,9 @@ def test_a_kernel_that_follows_the_spread_serves_rows_that_tell_little_of_the_po
     assert any("the kernel is adaptive" in line for line in said)
     x = np.array([[0.0, 400.0], [3.0, 3.1], [-300.0, 50.0], [20.0, 19.9]], np.float32)
     estimator, fields = adaptive.estimator(), {"x": torch.as_tensor(x)}
-    log_f = estimator.stretch(fields)
+    log_f = estimator.sight(fields).log_f
     assert (log_f[[0, 2]] > log_f[[1, 3]] + 2).all(), "wider by far where x tells little"
-    torch.testing.assert_close(estimator.stretch({"x": fields["x"][2:3]}), log_f[2:3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(estimator.sight({"x": fields["x"][2:3]}).log_f, log_f[2:3], rtol=1e-4, atol=1e-4)
     posterior = from_run(adaptive)
     posterior.sample(x, 500, seed=0)
     assert posterior.sampler.diagnostics["gibbs_steps"] < 40
@@ -396,7 +396,7 @@ def test_a_kernel_that_follows_the_spread_serves_rows_that_tell_little_of_the_po
     names = [k for k, _ in estimator.main.standardise.named_buffers() if "proxy" in k]
     assert names
     for k in names:
-        found, wanted = (e.main.standardise.get_buffer(k)[-1] for e in (estimator, again))  # of log f
+        found, wanted = (e.main.standardise.get_buffer(k)[-2] for e in (estimator, again))  # of log f
         torch.testing.assert_close(found, wanted, atol=0.1, rtol=0.1)
     estimator.train()
     assert not any(part.training for part in estimator.initial.modules()), "frozen"
