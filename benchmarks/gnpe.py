@@ -252,7 +252,8 @@ def costs(name: str, posterior: Posterior, references: Sequence[Known], folder: 
     """Of each observation: GNPE's draws, and in turn one pass of plain npe over as many different x."""
     simulator = resolve(PROBLEMS[name].simulator)
     bank = sp.simulate(simulator, 1000, BANK_SEED, folder / "small", progress=silent)  # what a pass costs does not depend on the weights
-    plain = sp.load(trained(name, "npe", bank, folder / "plain", {**size.settings, "max_epochs": 1}), allow_uncertified=True)
+    short = replace(size, settings={**size.settings, "max_epochs": 1})
+    plain = sp.load(trained(name, "npe", bank, folder / "plain", short), allow_uncertified=True)
     rng = np.random.default_rng([SEED, 1000])
     rows = simulator.rows(simulator.prior.sample(rng, size.timed), [rng] * size.timed)
     many = simulator.x.unwrap({k: np.stack([row[k] for row in rows]) for k in simulator.x.shapes})
