@@ -29,7 +29,7 @@ from simulators.chirp import chirp, posterior_sampler
 
 KEPT = Path(__file__).parent / ".references"  # drawn again by this program
 SEED = 20261122
-LOUDNESS = ((0.0, 8.0), (8.0, 12.0), (12.0, 40.0))
+LOUDNESS = ((6.5, 8.0), (8.0, 12.0), (12.0, 40.0))
 EACH, DRAWS = 10, 500
 TIME = chirp.prior.names.index("t_c")
 Array = NDArray[np.float64]
@@ -37,7 +37,7 @@ Array = NDArray[np.float64]
 
 def known(low: float, high: float, k: int) -> tuple[Array, Array, float]:
     """x, exact draws (500, 7) and the signal-to-noise ratio of the k-th observation of a range."""
-    rng = np.random.default_rng([SEED, int(low), k])
+    rng = np.random.default_rng([SEED, int(10 * low), k])
     while True:
         _, x, loudness = truth_and_x(chirp, rng)
         if low <= loudness < high:
@@ -46,7 +46,7 @@ def known(low: float, high: float, k: int) -> tuple[Array, Array, float]:
     path = KEPT / f"chirp_faint_{made_by[:16]}.npy"
     if not path.exists():
         KEPT.mkdir(exist_ok=True)
-        np.save(path, posterior_sampler(x, DRAWS, np.random.default_rng([SEED, int(low), k, 1])))
+        np.save(path, posterior_sampler(x, DRAWS, np.random.default_rng([SEED, int(10 * low), k, 1])))
     return x, np.load(path, allow_pickle=False), loudness
 
 
