@@ -7,8 +7,10 @@ Two nets: the initial one learns the pose, q(p(theta) | x); the main one learns 
 
 with L the base's loss (npe, fmpe, npse), and fresh proxies in every step; see `symmetry.frame` for u. The initial net is trained before,
 and frozen; it says how wide the kernel K is to be, at each x where posteriors of the pose are of very different spread, and where chains
-begin (`posteriors.gnpe`). There the main net is told too where the initial one sees the pose, from its proxy: else a net that hardly sees
-a faint signal gives back the kernel, and its chains wander over the prior. All nets are one module with one set of weights.
+begin (`posteriors.gnpe`). Where x tells little the main net is told too where the initial one sees the pose, from its proxy: else a net
+that hardly sees a faint signal gives back the kernel, and its chains wander over the prior. Of clear signals it is not told: what the
+initial net gets wrong is the same in every step of a chain, and what the main net gets wrong differs with the proxy. All nets are one
+module with one set of weights.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ r"""The frame of a proxy: theta and x as they are seen from :math:`\hat g`,
 with z the prior's normal coordinates. Where the action is exact and the prior is flat over the posterior, q(u | x', g) does not depend on
 the proxy, and it is dropped; elsewhere the net is told it, as the field `proxy` of x'. A kernel may be f(x) times as wide at x. Then
 q(u | x', g) depends on the proxy through f alone, since :math:`K_f` does, and the net is told log f: that is exact for any function f. What
-u has of the moved parameters is in units of f, where a factor moves as many as it has coordinates. Beside log f the net is told where it
-has been said, from all of x, that the pose lies, as seen from the proxy: a function of x and the proxy, that changes no exact conditional.
+u has of the moved parameters is in units of f, where a factor moves as many as it has coordinates. Where f is above :math:`\sqrt 2`
+the net is told too about where the pose lies, as seen from the proxy: by how many widths of the kernel, with a weight that is 1 from
+f = 2 on. As a function of x and the proxy that changes no exact conditional.
 """
 
 from __future__ import annotations
@@ -162,8 +163,8 @@ class Frame:
     # --------------------------------------------------------------------------------------------------------- x
 
     def standardise(self, x: Fields, proxy: Tensor, sight: Sight | None = None) -> Fields:
-        """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them; of an adaptive kernel also log f, and the
-        coordinates of sight's centre seen from the proxy, in widths of the kernel."""
+        """x' of fields (B, ...), with the proxy's coordinates beside where the net is told them; of an adaptive kernel also log f, and
+        where sight's centre lies from the proxy, as the module's docstring says."""
         return self._with_told(self.action.act_data(self.action.inverse(proxy), x), proxy, sight)
 
     def standardiser(self, x: Fields, sight: Sight | None = None) -> Callable[[Tensor, Tensor], Fields]:
@@ -182,7 +183,9 @@ class Frame:
             return x
         parts = [self.action.log(proxy)[:, [k for k, told in enumerate(self.told) if told]]]
         if sight is not None:
-            parts += [sight.log_f, self.action.between(proxy, sight.centre) / self.kernel_widths(proxy, sight.log_f)]
+            faint = (2 * sight.log_f / math.log(UNEVEN) - 1).clamp(0, 1)  # of fewer than half of all x: the field's scale is its sd
+            seen = self.action.between(proxy, sight.centre) / self.kernel_widths(proxy, sight.log_f)
+            parts += [sight.log_f, seen * faint]
         dtype = next(iter(x.values())).dtype
         return {**x, PROXY: torch.cat([part.to(dtype) for part in parts], 1)}
 
@@ -221,6 +224,7 @@ class Frame:
 
 
 REACH = 4.0  # standard deviations
+UNEVEN = 2.0  # f of an x that tells little of the pose
 EDGE = 8.0  # of z: within a part in 10^15 of an edge of the support
 
 

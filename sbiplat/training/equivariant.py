@@ -29,12 +29,12 @@ from sbiplat.runs import Run
 from sbiplat.settings import build as build_settings
 from sbiplat.settings import split as split_settings
 from sbiplat.symmetry import names
-from sbiplat.symmetry.frame import Frame, centred, clipped, widths_of
+from sbiplat.symmetry.frame import UNEVEN, Frame, centred, clipped, widths_of
 from sbiplat.symmetry.settings import GNPE
 from sbiplat.training.begin import Plan, TrainSettings, check_symmetry
 
 ROWS, DRAWS = 200, 200  # of which the spread is measured
-UNEVEN, MOST_UNEVEN = 2.0, 0.01  # an adaptive kernel: spreads over so many medians, in more than that share of rows
+MOST_UNEVEN = 0.01  # share of rows whose spread is over UNEVEN medians, above which the kernel is adaptive
 WIDEST = 0.5  # of the prior's spread
 MOST_PREDICTED = 200
 FAR, NEAR = 5.0, 0.05  # standard deviations

@@ -275,18 +275,22 @@ def test_power_a_net_that_is_told_another_width_has_another_law():
     assert all(stats.kstest(theta[k], stats.norm(m[k], s[k]).cdf).pvalue < 1e-4 for k in range(3))
 
 
-def blind(law, ratio=0.5):
-    """A main net that sees nothing of x, `law` of u being all that it makes of what it is told: log f = log s(x), and the centre m(x)
-    from the proxy, in widths of the kernel."""
+def blind(law, ratio=0.5, unit=1e-3):
+    """A main net that sees nothing of x, `law` of u / unit being all that it makes of what it is told: log f = log s(x) / unit, and the
+    centre m(x) from the proxy, in widths of the kernel."""
     def initial(x):
         return x["x"].mean(-1, keepdim=True), (x["x"][:, 1:] - x["x"][:, :1]).abs() / 2
 
-    frame = Frame(Translation(("mu",)), FLAT, (ratio,), (False,), adaptive=True)
-    return sampler_of(frame, initial, lambda x: law(x[PROXY][:, 1:]), sight=lambda x: Sight(initial(x)[1].log(), initial(x)[0]), most_steps=100)
+    def main(x):
+        mean, sd = law(x[PROXY][:, 1:])
+        return unit * mean, unit * sd
+
+    frame = Frame(Translation(("mu",)), FLAT, (ratio * unit,), (False,), adaptive=True)
+    return sampler_of(frame, initial, main, sight=lambda x: Sight((initial(x)[1] / unit).log(), initial(x)[0]), most_steps=100)
 
 
 def test_a_net_that_sees_nothing_itself_still_has_the_initial_nets_law():
-    """u given the centre's place c from the proxy: N(kappa c share, share s^2) in units of f = s, share = kappa^2 / (s^2 + kappa^2)."""
+    """u given the centre's place c from the proxy: N(kappa c share, share s^2), in units of s, with share = kappa^2 / (s^2 + kappa^2)."""
     share = 0.5**2 / (1 + 0.5**2)
     theta = theta_of(blind(lambda c: (share * 0.5 * c, torch.full_like(c, math.sqrt(share)))).sample(FAINT, 4000, 0), FLAT)
     m, s = FAINT["x"].mean(1), np.ptp(FAINT["x"], axis=1) / 2

@@ -90,7 +90,7 @@ def test_a_factor_that_moves_nothing_widens_its_kernel_alone():
     torch.testing.assert_close(widths, torch.tensor([math.e, 1.0, 1.0, 1.0], dtype=torch.float64).expand(len(z), 4))
 
 
-def test_the_net_is_told_the_proxy_log_f_and_the_centre_as_it_is_seen_from_the_proxy():
+def test_the_net_is_told_the_proxy_log_f_and_the_centre_as_it_is_seen_from_the_proxy_where_x_tells_little():
     frame, z, proxy, log_f = case()
     centre = frame.action.blur(frame.pose(z), frame.kernel_widths(z), torch.Generator().manual_seed(1))
     x = {"x": torch.zeros(len(z), 2, dtype=torch.float64)}
@@ -98,8 +98,10 @@ def test_the_net_is_told_the_proxy_log_f_and_the_centre_as_it_is_seen_from_the_p
     assert told.shape == (len(z), frame.numbers_told) == (len(z), 10)
     torch.testing.assert_close(told[:, :2], frame.action.log(proxy)[:, [0, 2]])
     torch.testing.assert_close(told[:, 2:6], log_f)
-    torch.testing.assert_close(told[:, 6:], frame.action.log(frame.action.compose(frame.action.inverse(proxy), centre))
-                               / frame.kernel_widths(proxy, log_f))
+    seen = frame.action.log(frame.action.compose(frame.action.inverse(proxy), centre)) / frame.kernel_widths(proxy, log_f)
+    torch.testing.assert_close(told[:, 6:], seen * (2 * log_f / math.log(2) - 1).clamp(0, 1))
+    assert (told[:, 6:][log_f <= 0.5 * math.log(2)] == 0).all()
+    torch.testing.assert_close(told[:, 6:][log_f > math.log(2)], seen[log_f > math.log(2)])
     rows = torch.tensor([3, 0, 3])
     look = frame.standardiser(x, Sight(log_f, centre))
     torch.testing.assert_close(look(proxy[rows], rows)[PROXY], told[rows])
