@@ -63,6 +63,8 @@ def examine(examined: Examined, criteria: CalibrationCriteria) -> Part:
     """The part of the gate that asks whether probabilities are frequencies, and whether they know more than the prior."""
     measured = HeldOut(examined, criteria.draws, references=criteria.reference_points, density_draws=criteria.density_draws)
     pairs = len(measured.truth)
+    if criteria.draws < criteria.least_draws:
+        examined.progress.say(f"draws = {criteria.draws} are fewer than least_draws = {criteria.least_draws}: this gate can only refuse")
     level, figures, verdicts = 0.0, None, []
     with examined.progress.task("gate", pairs) as advance:
         for look in looks(pairs, criteria):

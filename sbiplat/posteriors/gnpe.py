@@ -129,10 +129,12 @@ class GNPESampler(Contexts):
             self.judged.append(bad)
         elif bad.sum() > MOST_UNCONVERGED * len(bad):
             where = "" if len(bad) == 1 else f" of {bad.sum()} of {len(bad)} observations ({_some(np.flatnonzero(bad))})"
-            steps = max(f["iterations"] for f in figures)
-            raise ChainError(f"the draws are not to be used: Gibbs chains{where} have not converged after {steps} steps (the largest lag-1 "
-                             f"correlation is {rho:.3f}), or found no draw within the prior; train with a wider kernel (kernel_ratio), or "
-                             "with more gibbs_steps")
+            found = (f"have not converged after {max(f['iterations'] for f in figures)} steps (the largest lag-1 correlation is {rho:.3f})",
+                     "found no draw within the prior")
+            beyond = np.concatenate([f["beyond"] for f in figures])[bad]
+            what = found[1] if beyond.all() else " or ".join(found) if beyond.any() else found[0]
+            raise ChainError(f"the draws are not to be used: Gibbs chains{where} {what}; see whether x is of the kind that the simulator "
+                             "makes; if so, train with a wider kernel (kernel_ratio), or with more gibbs_steps")
 
     def first(self, x: dict[str, Tensor], count: int, generator: torch.Generator) -> Tensor:
         """Poses (b, count, S) of the initial net."""
@@ -318,12 +320,11 @@ class _Mixture:
 
 
 def _figures(state: State) -> dict[str, Any]:
-    """Of a Gibbs block that has just ended; chains that found no draw within the prior's support count as not converged."""
-    figures = state.figures["gibbs"]
-    if "beyond" not in state.columns:
-        return dict(figures)
-    beyond = (state.columns["beyond"].double().flatten(1).mean(1) > MOST_BEYOND).cpu().numpy()
-    return {**figures, "unconverged": figures["unconverged"] | beyond}
+    """Of a Gibbs block that has just ended; chains that found no draw within the prior's support (beyond) count as not converged."""
+    figures, beyond = state.figures["gibbs"], np.zeros(len(state.figures["gibbs"]["unconverged"]), bool)
+    if "beyond" in state.columns:
+        beyond = (state.columns["beyond"].double().flatten(1).mean(1) > MOST_BEYOND).cpu().numpy()
+    return {**figures, "beyond": beyond, "unconverged": figures["unconverged"] | beyond}
 
 
 def _own(seed: int, part: int) -> int:

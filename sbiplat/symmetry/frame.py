@@ -235,6 +235,10 @@ def _exp(log_f: Tensor | float) -> Tensor | float:
 def check_names(action: GroupAction, prior: Prior) -> None:
     """Raises SymmetryError where the action's parameters are not the prior's, the prior's are dependent, or names come twice."""
     own = name_of(action)
+    for factor in action.factors:
+        if not isinstance(factor.parameters, tuple) or not (factor.parameters or factor.canonical):
+            raise SymmetryError(f"{name_of(factor)}: parameters = {factor.parameters!r}: expected the names of those that its pose is "
+                                'made of, such as ("t0",)')
     for name in action.parameters:
         if name not in prior.names:
             near = difflib.get_close_matches(name, prior.names, 3, 0.5)

@@ -1,8 +1,8 @@
 """Actions by name: what a simulator or a user may give for one, and how a run names it.
 
 A run holds a ready-made action as what makes it again, and a user's own as its address with the SHA-256 of its code. Reading it back never
-runs code that the run names: a user's own is found where this process has named it (`register`, or by training with it), under an entry
-point of the group "sbiplat.actions", or with an installed simulator.
+runs code that the run names: a user's own is found where this process has named it (`register`, or by training with it), by its code and so
+wherever it lies now, under an entry point of the group "sbiplat.actions", or with an installed simulator.
 """
 
 from __future__ import annotations
@@ -91,12 +91,15 @@ def from_json(description: Mapping[str, Any]) -> GroupAction:
     """The action that `describe` described; raises SettingError where it is code of a user's that this process has not named."""
     if "own" not in description:
         return _ready(description)
-    name = str(description["own"])
-    action = _registered.get(name) or _installed(name)
+    name, digest = str(description["own"]), description.get("source_digest")
+    action = next((a for a in _registered.values() if source_digest(a) == digest), None) or _registered.get(name) or _installed(name)
+    if action is None and _registered:
+        raise SettingError(f"the run's symmetry is {name}, and what this process has named, {', '.join(_registered)}, is other code: name "
+                           "the one that the run was trained with, wherever it lies now")
     if action is None:
         raise SettingError(f"the run's symmetry is {name}, which is code of yours: name it in this process, with `--simulator {name}` or "
                            "simulator=..., so that no run makes code run by itself")
-    if source_digest(action) != description.get("source_digest"):
+    if source_digest(action) != digest:
         raise SettingError(f"the code of the symmetry {name} has changed since the run was trained with it: put it back, or train again")
     return action
 

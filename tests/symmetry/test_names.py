@@ -25,6 +25,7 @@ from sbiplat.symmetry import (
     TimeShift,
     Translation,
     Units,
+    names,
 )
 from sbiplat.symmetry.names import READY_MADE, describe, from_json, register, resolve_action
 
@@ -122,6 +123,20 @@ def test_changed_code_is_told(tmp_path):
     assert register(TimeShift("t", 1.0)) == "TimeShift"
 
 
+def test_a_users_own_is_found_by_its_code_wherever_it_lies(tmp_path, monkeypatch):
+    monkeypatch.setattr(names, "_registered", {})
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "own.py").write_text(("# moved\n" if place == "there" else "") + OWN)
+    described = describe(load_file(tmp_path / "here" / "own.py").named)
+    names._registered.clear()
+    register(f"{tmp_path / 'there' / 'own.py'}:ours")
+    with pytest.raises(SettingError, match=r"what this process has named, .*there/own.py:ours, is other code"):
+        from_json(described)
+    register(f"{tmp_path / 'there' / 'own.py'}:named")
+    assert type(from_json(described)).__name__ == "Slow"
+
+
 # ------------------------------------------------------------------------------------------------- the command line
 
 
@@ -146,6 +161,7 @@ def test_the_card_shows_the_symmetry_and_its_check(tmp_path):
 @pytest.mark.parametrize(("old", "new", "error", "words"), [
     ("factor = 1", "factor = 2", SymmetryError, "Both x Permutation is declared exact"),
     ('("a",)', '("b",)', SymmetryError, "no parameter 'b'"),
+    ('("a",)', '"a"', SymmetryError, "parameters = 'a': expected the names"), ('("a",)', "()", SymmetryError, "parameters = (): expected the names"),
     ("return {", "import os; os.abort(); return {", SimulatorError, "ended its process"),
 ])
 def test_a_wrong_or_crashing_action_is_refused_in_one_line(tmp_path, old, new, error, words):
