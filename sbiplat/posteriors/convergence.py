@@ -4,7 +4,8 @@ r"""What draws of several chains are judged by: whether they agree, how many ind
 at four robust standard deviations, so that a few chains in a far mode do not hide the others): the lag-1 correlation :math:`\rho`, how far
 the start was off in standard deviations, d, and how far the mean and log sd have moved within the last half-life
 :math:`h = \ln 2 / \ln(1 / \rho)`. The chains have converged when :math:`d \rho^t \le 0.05` and that last motion is no more than 0.05 beside
-its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told.
+its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told. An observation is given
+up where most of its chains found no draw within the prior (the column `beyond`) in several steps in a row, which cost a hundred times as much.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from sbiplat.symmetry.frame import centred, clipped
 MOST_UNCONVERGED = 0.02  # share of a batch's observations
 NEAR = 0.05  # standard deviations
 ERRORS = 3.0  # standard errors
+LOST, LOST_STEPS = 0.5, 5  # share of chains, steps in a row
 
 
 class ChainError(UserError):
@@ -100,7 +102,7 @@ class _Watch:
         self.rule, self.widths, (self.centre, v) = rule, widths, centred(rule.action, pose)
         v = clipped(v)
         self.means, self.sds, self.rhos = [v.mean(1)], [self._sd(v)], []
-        self.last, self.alive = v, np.arange(len(pose))
+        self.last, self.alive, self.lost = v, np.arange(len(pose)), torch.zeros(len(pose), dtype=torch.long, device=pose.device)
         nothing = np.zeros(len(pose))
         self.figures: dict[str, Any] = {"rho": nothing, "theory": nothing.copy(), "steps": nothing.astype(int),
                                         "unconverged": nothing.astype(bool)}
@@ -114,7 +116,8 @@ class _Watch:
         return len(self.rhos)
 
     def done(self, columns: Columns) -> Tensor:
-        """Take in poses (b, C, S): which observations have converged, or have used up the steps, (b,)."""
+        """Take in poses (b, C, S), and beyond (b, C, 1) where there is such: which observations have converged, are given up or have used
+        up the steps, (b,)."""
         pose = columns["pose"]
         centre = self.centre[:, None].expand(*pose.shape[:2], -1)
         v = clipped(self.rule.action.between(centre.flatten(0, 1), pose.flatten(0, 1)).unflatten(0, pose.shape[:2]))
@@ -124,10 +127,13 @@ class _Watch:
         self.sds.append(sd)
         self.last = v
         converged = self._converged()
-        ended = converged | (self.steps >= self.rule.most_steps)
+        if "beyond" in columns:
+            beyond = columns["beyond"].double().flatten(1).mean(1) > LOST
+            self.lost = torch.where(beyond, self.lost + 1, torch.zeros_like(self.lost))
+        ended = converged | (self.lost >= LOST_STEPS) | (self.steps >= self.rule.most_steps)
         if ended.any():
             self._note(ended, converged)
-            self.centre, self.last, self.widths = self.centre[~ended], self.last[~ended], self.widths[~ended]
+            self.centre, self.last, self.widths, self.lost = (v[~ended] for v in (self.centre, self.last, self.widths, self.lost))
             self.means, self.sds, self.rhos = ([each[~ended] for each in rows] for rows in (self.means, self.sds, self.rhos))
         return ended
 

@@ -215,6 +215,20 @@ def test_weights_with_the_proxys_law_give_the_evidence(ratio):
     assert abs(special.logsumexp(log_target - log_q[0]) - math.log(4000) - evidence) > 0.2, "power: without the proxy's law"
 
 
+def test_an_observation_beyond_the_prior_is_given_up_at_once():
+    """Each step draws 127 times a chain there; one observation within the prior goes on to its end."""
+    sampler = of_location(0.3 * S, prior=sp.Prior({"mu": sp.Uniform(-4, 4)}), told=False)
+    x = observed(40.0, 0.0)
+    with judging(sampler) as judged:
+        sampler.sample({"x": x["x"][:1]}, 500, 0)
+        assert sampler.diagnostics["gibbs_steps"] == 5
+        sampler.sample(x, 500, 0)
+    assert sampler.diagnostics["gibbs_steps"] > 20
+    assert judged[1].tolist() == [True, False]
+    with pytest.raises(ChainError, match="found no draw within the prior; see whether x is of the kind"):
+        sampler.sample({"x": x["x"][:1]}, 500, 0)
+
+
 # ------------------------------------------------------------------------------------------------ adaptive kernels
 
 
