@@ -4,8 +4,9 @@ r"""What draws of several chains are judged by: whether they agree, how many ind
 at four robust standard deviations, so that a few chains in a far mode do not hide the others): the lag-1 correlation :math:`\rho`, how far
 the start was off in standard deviations, d, and how far the mean and log sd have moved within the last half-life
 :math:`h = \ln 2 / \ln(1 / \rho)`. The chains have converged when :math:`d \rho^t \le 0.05` and that last motion is no more than 0.05 beside
-its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told. An observation is given
-up where most of its chains found no draw within the prior (the column `beyond`) in several steps in a row, which cost a hundred times as much.
+its sampling error. For a Gaussian pose of sd s the theory says :math:`\rho = s^2 / (s^2 + \kappa^2)`; both are told. An observation is
+given up where most of its chains found no draw within the prior (the column `beyond`) in several steps in a row, each of which costs a
+hundred times as much.
 """
 
 from __future__ import annotations
