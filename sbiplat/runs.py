@@ -141,6 +141,19 @@ class Run:
         return {k: found[k] for k in usual if found.get(k, usual[k]) != usual[k]}
 
     @property
+    def action_words(self) -> tuple[str, ...]:
+        """What commands on it need beside its path: the simulator whose action is code in a user's file."""
+        about = self.record["architecture"].get("symmetry")
+        action = about.get("action") if isinstance(about, dict) else None
+        own = str(action.get("own", "")) if isinstance(action, dict) else ""
+        return ("--simulator", own) if ".py:" in own else ()
+
+    @property
+    def gate_command(self) -> str:
+        """What to type to have it gated."""
+        return " ".join(["sbiplat gate", str(self.path), *self.action_words])
+
+    @property
     def recalibration(self) -> Mapping[str, Any] | None:
         """The maps that recalibrate its draws (see `posteriors.recalibrated`), None where there are none."""
         return self.record.get("recalibration")

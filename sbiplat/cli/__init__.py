@@ -217,7 +217,7 @@ def recalibrate(
     if embedding:
         register(embedding)
     made = make(run, out=out, bank=bank, simulator=simulator)
-    show(as_json, {"run": str(out), "pairs": made.record["recalibration"]["pairs"]}, f"{out}: recalibrated; next: sbiplat gate {out}")
+    show(as_json, {"run": str(out), "pairs": made.record["recalibration"]["pairs"]}, f"{out}: recalibrated; next: {made.gate_command}")
 
 
 # -------------------------------------------------------------------------------------------------- use and report

@@ -111,8 +111,8 @@ class Certificate:
         """The certificate of a run; raises Uncertified where there is none or it is damaged."""
         path = run.path / "certificate.json"
         if not path.is_file():
-            raise Uncertified(f"{run.path} has not been through the gate; run `sbiplat gate {run.path}`")
-        return cls.of_file(path, f"run `sbiplat gate {run.path}` again")
+            raise Uncertified(f"{run.path} has not been through the gate; run `{run.gate_command}`")
+        return cls.of_file(path, f"run `{run.gate_command}` again")
 
     @classmethod
     def of_file(cls, path: Path, mend: str = "ask for it again") -> Certificate:
@@ -127,7 +127,7 @@ class Certificate:
 
     def require_bound(self, run: Run) -> Certificate:
         """This certificate if it is unaltered and was given to the run as it is on disk now; raises Uncertified with the reason."""
-        again = f"run `sbiplat gate {run.path}` again"
+        again = f"run `{run.gate_command}` again"
         if not self.unaltered:
             raise Uncertified(f"the certificate of {run.path} was altered after it was written; {again}")
         for what, said, now in self.differences(run):
@@ -156,7 +156,7 @@ class Certificate:
             raise Uncertified(f"{run.path} was refused by the gate: {self.refusal}")
         if self.level == DRAFT:
             raise Uncertified(f"{run.path} has passed a draft only ({self.figures.get('pairs')} pairs), which certifies nothing; run "
-                              f"`sbiplat gate {run.path}` for the standard level")
+                              f"`{run.gate_command}` for the standard level")
         return self
 
 

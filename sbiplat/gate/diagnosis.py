@@ -111,7 +111,7 @@ class _Commands:
         return f"{made} && {self.again()}"
 
     def of_run(self, command: str, *words: str) -> str:
-        return self._line("sbiplat", command, str(self.run.path), *words)
+        return self._line("sbiplat", command, str(self.run.path), *words, *self.run.action_words)
 
     def longer(self) -> str:
         epochs = int(self.run.record["training"].get("max_epochs") or 10)

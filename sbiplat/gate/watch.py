@@ -50,7 +50,7 @@ def watch_of(run: Run, certificate: Certificate, refuse: bool = False) -> Watch 
     figures = certificate.figures.get(NAME)
     if figures is None:
         return None
-    path, again = run.path / "diagnostics.npz", f"run `sbiplat gate {run.path}` again"
+    path, again = run.path / "diagnostics.npz", f"run `{run.gate_command}` again"
     try:
         if files.digest_file(path) != certificate.content["digests"].get("diagnostics"):
             raise Uncertified(f"{path} is not the one of the certificate; {again}")

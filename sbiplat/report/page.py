@@ -244,7 +244,7 @@ def _gate(run: Run, verdict: Verdict, change: worst.Change | None, why: str, see
     """Criteria, coverage and robustness of a certificate that holds or refuses. change: of the observation, or `why` there is none."""
     certificate = verdict.certificate
     if certificate is None:
-        none = f"There is no certificate that holds; run `sbiplat gate {run.path}`."
+        none = f"There is no certificate that holds; run `{run.gate_command}`."
         return {"criteria": [], "why": none, **dict.fromkeys(("coverage", "places", "robustness", "change"))}
     content, measured = certificate.content, certificate.figures
     return {"criteria": certificate.criteria, "why": "", "sha256": certificate.sha256,
@@ -255,7 +255,7 @@ def _gate(run: Run, verdict: Verdict, change: worst.Change | None, why: str, see
 def _tested(run: Run, certificate: Certificate, change: worst.Change | None, why: str, seed: int) -> dict[str, Any]:
     """Sections of figures: None where the gate measured no such thing, a sentence (`why`) where what it measured cannot be read."""
     def left_out(what: str, problem: Exception) -> dict[str, Any]:
-        return {"why": f"{what} left out: {problem}; run `sbiplat gate {run.path}` again."}
+        return {"why": f"{what} left out: {problem}; run `{run.gate_command}` again."}
 
     def section(what: str, make: Callable[[], dict[str, Any] | None]) -> dict[str, Any] | None:
         try:

@@ -79,7 +79,7 @@ def verdict_of(run: Run) -> Verdict:
     """The verdict that the run's certificate allows."""
     if not (run.path / "certificate.json").is_file():
         return Verdict("untested", "NOT YET GATED",
-                       f"Nobody has tested this posterior. Run `sbiplat gate {run.path}`; until then none is shown here.")
+                       f"Nobody has tested this posterior. Run `{run.gate_command}`; until then none is shown here.")
     try:
         certificate = Certificate.read(run).require_bound(run)
     except (Uncertified, SettingError) as reason:
@@ -92,7 +92,7 @@ def verdict_of(run: Run) -> Verdict:
     pairs = certificate.figures.get("pairs", "the")
     if not certificate.certifies:
         return Verdict("draft", "DRAFT", f"The posterior met every criterion on a first {pairs} held-out simulations. That is an early "
-                       f"sight and certifies nothing: run `sbiplat gate {run.path}`; until then no posterior is shown here.",
+                       f"sight and certifies nothing: run `{run.gate_command}`; until then no posterior is shown here.",
                        certificate=certificate)
     return Verdict("certified", "CERTIFIED", f"The posterior met every criterion of the gate on {pairs} held-out simulations: "
                    "over data that the simulator makes under the prior, its probabilities are on average, within the limits "

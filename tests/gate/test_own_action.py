@@ -4,9 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+from sbiplat.runs import Run
 
 MINE = '''"""A slope adds a straight line to a series."""
 import os
@@ -57,6 +60,14 @@ def place(tmp_path_factory):
             *(w for k, v in settings.items() for w in ("--set", f"{k}={json.dumps(v)}")))
     sbiplat(folder, "gate", "run", "--n", 100, *own, *(w for k, v in LOOSE.items() for w in ("--set", f"{k}={v}")))
     return folder
+
+
+def test_what_is_to_be_typed_for_a_run_names_the_file_of_its_action():
+    def command(action):
+        return Run(Path("a.run"), {"architecture": {"symmetry": action and {"action": action}}}).gate_command
+
+    assert command({"own": "work/mine.py:drift"}) == "sbiplat gate a.run --simulator work/mine.py:drift"
+    assert command({"own": "simulators.chirp:chirp"}) == command(None) == "sbiplat gate a.run"
 
 
 @pytest.mark.science
