@@ -28,6 +28,10 @@ from sbiplat.symmetry.frame import check_names, name_of
 
 ROUNDING = 1e-6  # of elements and theta, in units of their spread
 DATA_ROUNDING = 1e-4  # of x in float32, relative RMS
+METHODS = {  # that a law is of
+    "identity": "identity and compose", "associativity": "compose", "inverse": "inverse and compose", "exp of log": "exp and log",
+    "theta, identity": "identity and act_theta", "theta, inverse": "inverse and act_theta", "theta, composition": "compose and act_theta",
+    "theta, log of g": "exp and log", "pose": "pose_of, compose and act_theta", "chart": "chart and unchart"}
 KERNEL_DRAWS, KERNEL_ERRORS = 4096, 6.0  # and standard errors
 
 
@@ -253,7 +257,8 @@ def _check_form(action: GroupAction, moved: Any, x: dict[str, Tensor]) -> None:
 def _held(action: GroupAction, figures: dict[str, float], limit: float, laws: dict[str, str], mend: str = "") -> dict[str, float]:
     for name, error in figures.items():
         if not error <= limit:
-            raise SymmetryError(f"{name_of(action)}: {laws.get(name, name)} fails by {error:.2g}{mend}")
+            see = f"; see its {METHODS[name]}" if name in METHODS and not mend else mend
+            raise SymmetryError(f"{name_of(action)}: {laws.get(name, name)} fails by {error:.2g}{see}")
     return figures
 
 
