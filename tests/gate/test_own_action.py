@@ -70,7 +70,6 @@ def test_what_is_to_be_typed_for_a_run_names_the_file_of_its_action():
     assert command({"own": "simulators.chirp:chirp"}) == command(None) == "sbiplat gate a.run"
 
 
-@pytest.mark.science
 def test_an_own_action_goes_all_the_way(place):
     sbiplat(place, "sample", "run", "--observation", "x.npy", "--n", 500, "--out", "draws.csv", "--simulator", "mine.py:drift")
     draws = np.genfromtxt(place / "draws.csv", delimiter=",", names=True)
@@ -87,7 +86,6 @@ def test_an_own_action_goes_all_the_way(place):
     assert "proxies (recovery; mixture of 512 kernels" in sbiplat(place, "certificate", "show", "run").stdout
 
 
-@pytest.mark.science
 def test_nothing_of_the_users_file_runs_where_they_have_not_named_it(place, tmp_path):
     marker = tmp_path / "marker"
     for words in (("sample", "run", "--observation", "x.npy", "--n", 10, "--out", "no.csv"), ("gate", "run")):
@@ -103,7 +101,6 @@ def test_nothing_of_the_users_file_runs_where_they_have_not_named_it(place, tmp_
     assert marker.exists(), "power: a run of the file would have been seen"
 
 
-@pytest.mark.science
 def test_changed_code_of_the_action_is_one_line(place, tmp_path):
     path = place / "mine.py"  # which the run names by its place
     path.write_text(MINE.replace("(g * g.new_tensor(TIMES))", "(0.5 * g * g.new_tensor(TIMES))"))
