@@ -60,7 +60,7 @@ def compared(run: Run) -> dict[str, Any]:
             try:
                 draws = posterior.sample(x, DRAWS, seed=k)
                 row |= {"spread": _half(draws[:, TIME]) / _half(exact[:, TIME]), "jsd": float(jensen_shannon(draws, exact).mean()),
-                        "steps": posterior.sampler.diagnostics.get("gibbs_steps")}
+                        "steps": getattr(posterior.sampler, "diagnostics", {}).get("gibbs_steps")}
             except UserError as error:
                 row["refused"] = str(error)
             found.append(row)
