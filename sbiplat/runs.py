@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -151,7 +152,7 @@ class Run:
     @property
     def gate_command(self) -> str:
         """What to type to have it gated."""
-        return " ".join(["sbiplat gate", str(self.path), *self.action_words])
+        return shlex.join(["sbiplat", "gate", str(self.path), *self.action_words])
 
     @property
     def recalibration(self) -> Mapping[str, Any] | None:

@@ -67,6 +67,7 @@ def test_what_is_to_be_typed_for_a_run_names_the_file_of_its_action():
         return Run(Path("a.run"), {"architecture": {"symmetry": action and {"action": action}}}).gate_command
 
     assert command({"own": "work/mine.py:drift"}) == "sbiplat gate a.run --simulator work/mine.py:drift"
+    assert command({"own": "my work/mine.py:drift"}).endswith("--simulator 'my work/mine.py:drift'")
     assert command({"own": "simulators.chirp:chirp"}) == command(None) == "sbiplat gate a.run"
 
 

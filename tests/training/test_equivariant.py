@@ -381,7 +381,8 @@ def test_a_kernel_that_follows_the_spread_serves_rows_that_tell_little_of_the_po
     assert any("the kernel is adaptive" in line for line in said)
     x = np.array([[0.0, 400.0], [3.0, 3.1], [-300.0, 50.0], [20.0, 19.9]], np.float32)
     estimator, fields = adaptive.estimator(), {"x": torch.as_tensor(x)}
-    log_f = estimator.sight(fields).log_f
+    log_f, centre = estimator.sight(fields)
+    torch.testing.assert_close(centre[[1, 3], 0], torch.tensor([3.05, 19.95], dtype=centre.dtype), atol=2.0, rtol=0)
     assert (log_f[[0, 2]] > log_f[[1, 3]] + 2).all(), "wider by far where x tells little"
     torch.testing.assert_close(estimator.sight({"x": fields["x"][2:3]}).log_f, log_f[2:3], rtol=1e-4, atol=1e-4)
     posterior = from_run(adaptive)
